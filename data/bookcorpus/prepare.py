@@ -66,6 +66,7 @@ LOOSE_ENDS = {"dataset_info.json", "dataset_dict.json", "state.json"}  # what da
 BATCH_BYTES = 8 << 20  # of text in a batch, in the mean; batches of 100,000 BookCorpus rows were the fastest
 REMEMBERED = 1 << 20  # different words that a process keeps in memory at most
 SHARD_BYTES = 32 << 20  # of token ids in a shard, in the mean
+COUNTED = 1 << 18  # ids whose occurrences are counted at a time
 REASONS = {  # what a sign in a traceback of datasets means
     "abruptly died": "a worker process was killed, for want of memory perhaps; a smaller --num_proc takes less",
     "BatchSize must be": "no rows in it",
@@ -377,20 +378,22 @@ def tokenize_rows(rows, work, num_proc):
 def write(split, path, pool):
     """Write the ids of `split`, a Dataset of n rows with `tokens`, to `path`. Returns what is known of it as a dict."""
     chunks = split.data.column("tokens").chunks
-    sizes = np.concatenate([np.diff(edges_of(chunk)).astype(np.uint32) for chunk in chunks])  # bytes a row
-    shards = row_numbers(split, max(1, int(SHARD_BYTES / sizes.mean())))
-    lengths = np.concatenate([sizes[rows] for rows in shards]) // ID.itemsize
-    ends = np.cumsum([sizes[rows].sum(dtype=np.int64) for rows in shards])
-    del sizes
-    reserve(path, int(ends[-1]))
+    lengths = np.concatenate([np.diff(edges_of(chunk)) for chunk in chunks]).astype(np.uint32) // ID.itemsize
+    shards = row_numbers(split, max(1, int(SHARD_BYTES / ID.itemsize / lengths.mean())))
+    lengths = np.concatenate([lengths[rows] for rows in shards])
+    firsts = np.cumsum([0] + [len(rows) for rows in shards[:-1]])
+    ends = np.cumsum(np.add.reduceat(lengths, firsts, dtype=np.int64))
+    reserve(path, int(ends[-1]) * ID.itemsize)
     out = np.memmap(path, ID, mode="r+")
 
     def fill(rows, end):
         gathered = gather(chunks, rows)
         ids = np.frombuffer(gathered.buffers()[2], ID)[:edges_of(gathered)[-1] // ID.itemsize]
-        shard = out[end // ID.itemsize - len(ids):end // ID.itemsize]
+        shard = out[end - len(ids):end]
         shard[:] = ids
-        return shard, np.bincount(ids, minlength=END_OF_TEXT + 1)
+        # in parts, as bincount makes 8 bytes of an id
+        parts = [ids[first:first + COUNTED] for first in range(0, len(ids), COUNTED)]
+        return shard, sum(np.bincount(part, minlength=END_OF_TEXT + 1) for part in parts)
 
     digest, counts = hashlib.sha256(), 0
     with tqdm(total=out.nbytes, desc=f"Writing {path.name}", unit="B", unit_scale=True) as bar:
@@ -449,7 +452,7 @@ def share_in_train(val, tokens, pool):
     def occurrences(part):
         return np.bincount(pc.index_in(part, different).drop_null().to_numpy(), minlength=len(different))
 
-    step = math.ceil(len(column) / 8)  # few parts, as each call of index_in makes a table of all different rows
+    step = math.ceil(len(column) / 4)  # few parts, as each call of index_in makes a table of all different rows
     within, all_over = occurrences(rows), sum(pool.map(
         occurrences, [column.slice(first, step) for first in range(0, len(column), step)]))
     return float(within[all_over > within].sum() / len(rows))
