@@ -1,4 +1,4 @@
-"""Running prepare.py as a user does, and the oracle that its bytes are held against."""
+"""Running the scripts as a user does, and the oracle that prepare.py's bytes are held against."""
 import functools
 import importlib.util
 import json
@@ -18,6 +18,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "data" / "bookcorpus" / "prepare.py"
 SAMPLE = SCRIPT.with_name("sample.txt")
+TRAIN = ROOT / "train.py"
 
 
 @functools.cache
@@ -80,19 +81,20 @@ def hf_home(tmp_path_factory):
 
 @pytest.fixture
 def command(hf_home):
-    """command(*flags, method=None, before="") gives the arguments and environment of a run of prepare.py.
+    """command(*flags, script=SCRIPT, method=None, before="") gives the arguments and environment of a run of `script`.
 
     With a start method, or code to be run before, the script runs inside `python -c`.
     """
-    def make(*flags, method=None, before="", **environment):
-        start = [str(SCRIPT)]
+    def make(*flags, script=SCRIPT, method=None, before="", **environment):
+        start = [str(script)]
         if method or before:
             setting = f"import multiprocess; multiprocess.set_start_method({method!r})" if method else ""
-            start = ["-c", f"{setting}\n{before}\nimport runpy, sys; sys.argv[0] = {str(SCRIPT)!r}\n"
+            start = ["-c", f"{setting}\n{before}\nimport runpy, sys; sys.argv[0] = {str(script)!r}\n"
                            "runpy.run_path(sys.argv[0], run_name='__main__')"]
         names = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TIKTOKEN_"))}
         return [sys.executable, *start, *map(str, flags)], names | {
-            "HF_HOME": str(hf_home), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+            "HF_HOME": str(hf_home), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "MPLCONFIGDIR": str(hf_home), "OMP_NUM_THREADS": "1"} | environment  # tests run side by side
     return make
 
 
@@ -107,12 +109,12 @@ def prepare(command):
 
 @pytest.fixture
 def refused(prepare):
-    """refused(*flags, status=1) runs prepare.py, checks that it fails with one line, and returns that line."""
-    def run(*flags, status=1, **options):
-        ended = prepare(*flags, **options)
+    """refused(*flags, status=1) runs prepare.py, or `script`, checks that it fails with one line, and returns that."""
+    def run(*flags, status=1, script=SCRIPT, **options):
+        ended = prepare(*flags, script=script, **options)
         assert (ended.returncode, ended.stdout) == (status, ""), ended
         lines = [line for line in ended.stderr.split("\n") if line and "/s]" not in line]  # but bars
-        assert len(lines) == 1 and lines[0].startswith("prepare.py: "), ended.stderr
+        assert len(lines) == 1 and lines[0].startswith(f"{script.name}: "), ended.stderr
         return lines[0]
     return run
 
