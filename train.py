@@ -456,8 +456,7 @@ def read_gpt2(name, config):
         model = GPT(GPTConfig(args["n_positions"], args["vocab_size"], args["n_layer"], args["n_head"], args["n_embd"],
                               config.dropout, bias=True), gelu)
     except Exception as error:  # whatever the network or a broken file makes them raise
-        raise Refused(f"--init_from={name}: GPT-2's weights can't be had"
-                      f" ({first_line(error)})") from None
+        raise Refused(f"--init_from={name}: GPT-2's weights can't be had ({first_line(error)})") from None
     state = {}
     for key, tensor in weights.items():
         key = "transformer." + key.removeprefix("transformer.")
@@ -465,7 +464,7 @@ def read_gpt2(name, config):
             tensor = tensor.t()  # OpenAI's lie as in x @ W
         if key in model.state_dict():
             state[key] = tensor
-    load_weights(model, state | {"lm_head.weight": state["transformer.wte.weight"]}, name)
+    load_weights(model, state | {"lm_head.weight": state.get("transformer.wte.weight")}, name)
     if config.block_size > model.config.block_size:
         raise Refused(f"--block_size={config.block_size}: {name} has {model.config.block_size} positions at most")
     model.config.block_size = config.block_size
@@ -476,7 +475,7 @@ def read_gpt2(name, config):
 def load_weights(model, state, name):
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         raise Refused(f"{name}: its weights do not fit its model ({' '.join(str(error).split())[:200]})") from None
 
 
@@ -633,7 +632,7 @@ def train(config, given):
             raise Refused(f"{out / 'ckpt.pt'}: its optimizer does not fit its model ({error})") from None
         for group, ours in zip(optimizer.param_groups, groups):  # flags of this run, not those of the last
             group.update({**ours, "params": group["params"]})
-        iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
+        iter_num, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         checkpoint = None  # as large as model and optimizer together
     if iter_num > config.max_iters and not config.eval_only:
         raise Refused(f"{out / 'ckpt.pt'}: its iteration {iter_num - 1} was the last; --max_iters={config.max_iters}"

@@ -35,8 +35,19 @@ import sys
 import time
 import traceback
 
-if __name__ == "__mp_main__":  # a spawned worker, which Ctrl-C is to end without a traceback
+
+def let_signals_end():
+    """Let Ctrl-C and SIGTERM end this process, a worker, at once: without a traceback, and wherever it waits.
+
+    A handler in Python runs only between two of its instructions. A worker that was about to wait for work when
+    the pool's SIGTERM came would wait for ever, and the pool for it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if __name__ == "__mp_main__":  # spawned
+    let_signals_end()
 
 import datasets
 import filelock
@@ -607,17 +618,17 @@ def update_readme(block):
 
 def main():
     flags = parse_flags(sys.argv[1:])
-    parent, stopped = os.getpid(), []
+    stopped = []
 
     def stop(signum, frame):
-        if os.getpid() != parent:
-            os._exit(128 + signum)  # a forked worker, which has nothing to clear away
         if not stopped:  # clearing away is not to be stopped
             stopped.append(128 + signum)
             raise SystemExit(stopped[0])
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=let_signals_end)
     for library in datasets, huggingface_hub:
         library.logging.set_verbosity(logging.CRITICAL)  # what matters of it comes in our own error line
     gpt2()  # fails early, and forked workers find it loaded
