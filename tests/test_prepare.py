@@ -433,7 +433,9 @@ def test_killed_and_run_again(running, prepare, tmp_path):
 
 def test_two_runs_at_once(running, refused, tmp_path):
     process = running()
+    process.send_signal(signal.SIGSTOP)  # or it could be done first
     line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}")
+    process.send_signal(signal.SIGCONT)
     assert f"process {process.pid} is preparing it" in line
     assert process.wait(60) == 0
     assert bins(tmp_path / "out") == oracle(NASTY * 60)

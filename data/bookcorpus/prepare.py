@@ -78,8 +78,10 @@ BATCH_BYTES = 8 << 20  # of text in a batch, in the mean; batches of 100,000 Boo
 REMEMBERED = 1 << 20  # different words that a process keeps in memory at most
 SHARD_BYTES = 32 << 20  # of token ids in a shard, in the mean
 COUNTED = 1 << 18  # ids whose occurrences are counted at a time
+KILLED = "a worker process was killed, for want of memory perhaps; a smaller --num_proc takes less"
 REASONS = {  # what a sign in a traceback of datasets means
-    "abruptly died": "a worker process was killed, for want of memory perhaps; a smaller --num_proc takes less",
+    "abruptly died": KILLED,
+    "managers.py": KILLED,  # the process that the workers report to
     "BatchSize must be": "no rows in it",
     "SchemaInferenceError": "no rows in it",
     "StopIteration": "no rows in it",
@@ -368,7 +370,7 @@ def tokenize(batch):
 def tokenize_rows(rows, work, num_proc):
     """The Dataset of n rows with `tokens` for `rows`, one with `text` in Arrow's format; kept in the folder `work`.
 
-    Raises UnicodeError where a row is not UTF-8, RuntimeError where a worker process died.
+    Raises UnicodeError where a row is not UTF-8; RuntimeError, EOFError or ConnectionError where a process died.
     """
     n = len(rows)
     sample = tokenize(rows[range(0, n, math.ceil(n / 1000))])["tokens"]
@@ -553,7 +555,7 @@ def prepare(flags, work):
              " which leaves none for train.bin")
     try:
         tokens = tokenize_rows(rows, work, flags.num_proc)
-    except (UnicodeError, RuntimeError) as error:
+    except (UnicodeError, RuntimeError, EOFError, ConnectionError) as error:
         fail(f"--source={flags.source}: {explain(error, files)}")
     print(f"Splitting {n:,} rows ...", file=sys.stderr)
     split = tokens.train_test_split(
