@@ -581,7 +581,7 @@ def prepare(flags, work):
         "first_row": gpt2().decode(np.frombuffer(split["train"][0]["tokens"][0].as_py(), ID)[:-1]),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(total / seconds),
-        "machine": f"{flags.num_proc} processes on {os.cpu_count()} processors, {platform.platform(terse=True)}",
+        "machine": f"{flags.num_proc} processes on {os.cpu_count()} processors, {platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | {
             package: importlib.metadata.version(package) for package in ("datasets", "numpy", "pyarrow", "tiktoken")}}
     (unfinished / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
