@@ -36,14 +36,29 @@ import time
 import traceback
 
 
-def let_signals_end():
-    """Let Ctrl-C and SIGTERM end this process, a worker, at once: without a traceback, and wherever it waits.
+ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
-    A handler in Python runs only between two of its instructions. A worker that was about to wait for work when
-    the pool's SIGTERM came would wait for ever, and the pool for it.
+
+def let_signals_end():
+    """Let Ctrl-C and SIGTERM end this process, a worker, at once and quietly, wherever it waits."""
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+
+
+def handle_signals(handler):
+    """Have Ctrl-C and SIGTERM call `handler` in this process, not in the workers that are forked from it.
+
+    Python runs a handler between two instructions. A worker that has the parent's, and is about to wait for work when
+    the pool's SIGTERM comes, waits for ever, and the pool for it. So signals are held back over a fork.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in ENDINGS:
+        signal.signal(number, handler)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS),
+                            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS),
+                            after_in_child=let_signals_end)
 
 
 if __name__ == "__mp_main__":  # spawned
@@ -627,10 +642,7 @@ def main():
             stopped.append(128 + signum)
             raise SystemExit(stopped[0])
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=let_signals_end)
+    handle_signals(stop)
     for library in datasets, huggingface_hub:
         library.logging.set_verbosity(logging.CRITICAL)  # what matters of it comes in our own error line
     gpt2()  # fails early, and forked workers find it loaded

@@ -1,0 +1,178 @@
+"""Faults that are quick to try: a Hub that fails, a disk that is full, a system that lacks things. See also faults.py."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import SAMPLE, bins, nasty_rows, oracle, write_jsonl
+from hub import serve
+from test_prepare import SENTENCES, parquet
+
+NAME = "SamuelYang/bookcorpus"
+FILE = "data/train-00000-of-00001.parquet"
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory):
+    return parquet(tmp_path_factory.mktemp("body") / "rows.parquet", SENTENCES * 20).read_bytes()
+
+
+@pytest.fixture
+def from_hub(prepare, tmp_path):
+    """from_hub(hub) runs prepare.py on it and returns the CompletedProcess; its output goes to tmp_path/out."""
+    def run(hub, **options):
+        return prepare(f"--out_dir={tmp_path / 'out'}", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0",
+                       HF_HOME=str(tmp_path / "hf"), **options)
+    return run
+
+
+def error_line(ended):
+    lines = [line for line in ended.stderr.replace("\r", "\n").splitlines() if line.startswith("prepare.py: ")]
+    assert ended.returncode == 1 and len(lines) == 1 and "Traceback" not in ended.stderr, ended.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_hub_that_is_busy_for_a_while(from_hub, body, tmp_path, status):
+    left = {"GET": 2, "HEAD": 1}
+    times = []
+
+    def fault(method, path, handler):
+        if path.endswith(FILE) and left.get(method, 0):
+            left[method] -= 1
+            times.append(time.monotonic())
+            handler.send("busy", status)
+            return True
+
+    with serve(NAME, {FILE: body}, fault=fault) as hub:
+        ended = from_hub(hub)
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path / "out") == oracle(SENTENCES * 20) and len(times) >= 2
+
+
+def test_connection_that_is_cut_in_mid_file(from_hub, body, tmp_path):
+    cuts = [0]
+
+    def fault(method, path, handler):
+        if method == "GET" and path.endswith(FILE) and not cuts[0]:
+            cuts[0] += 1
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.send_header("Accept-Ranges", "bytes")
+            handler.end_headers()
+            handler.wfile.write(body[:len(body) // 2])
+            handler.wfile.flush()
+            handler.close_connection = True
+            return True
+
+    with serve(NAME, {FILE: body}, fault=fault) as hub:
+        ended = from_hub(hub)
+        if ended.returncode:
+            assert "Traceback" not in ended.stderr
+            ended = from_hub(hub)
+        asked = [span for method, path, span in hub.log if method == "GET" and path.endswith(FILE)]
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path / "out") == oracle(SENTENCES * 20)
+    assert cuts == [1] and len(asked) >= 2 and asked[-1] == f"bytes={len(body) // 2}-", "what had arrived is used"
+
+
+def test_body_that_is_not_the_one_announced(from_hub, body, tmp_path):
+    def fault(method, path, handler):
+        if method == "GET" and path.endswith(FILE):
+            handler.send(body[:-1000])
+            return True
+
+    with serve(NAME, {FILE: body}, fault=fault) as hub:
+        ended = from_hub(hub)
+    assert "--source=PATH" in error_line(ended) and not (tmp_path / "out" / "train.bin").exists()
+
+
+@pytest.mark.parametrize("status, code, message", [
+    (401, "GatedRepo", "gated"), (403, "", "403"), (404, "RepoNotFound", "doesn't exist")])
+def test_hub_that_refuses(from_hub, body, status, code, message):
+    def fault(method, path, handler):
+        handler.send("{}", status, **({"X_Error_Code": code} if code else {}))
+        return True
+
+    with serve(NAME, {FILE: body}, fault=fault) as hub:
+        line = error_line(from_hub(hub))
+    assert "--source=PATH" in line and message in line
+
+
+def test_hub_that_is_not_there(from_hub, tmp_path):
+    with serve(NAME, {}) as hub:
+        pass  # nobody listens at its address any more
+    began = time.monotonic()
+    line = error_line(from_hub(hub))
+    assert time.monotonic() - began < 60 and "--source=PATH" in line and "sample.txt" in line
+
+
+def test_disk_without_room(prepare, refused, tmp_path):
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}").returncode == 0
+    before = bins(tmp_path)
+    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", before=(
+        "import collections, shutil\n"
+        "shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used free')(10 ** 9, 10 ** 9, 5000)"))
+    assert "0.00 GB will be needed" in line and "0.00 GB are free" in line and bins(tmp_path) == before
+
+
+def test_disk_that_fills_up(prepare, tmp_path):
+    """A limit on a file's size stands for it: each stage that writes more than that fails."""
+    source = write_jsonl(tmp_path / "rows.jsonl", nasty_rows(4000, seed=3))
+    out = tmp_path / "out"
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={out}").returncode == 0
+    assert prepare(f"--source={source}", f"--out_dir={tmp_path / 'other'}").returncode == 0  # now in the cache
+    before, large = bins(out), (tmp_path / "other" / "train.bin").stat().st_size
+    for limit in 1000, large // 2, large - 1:
+        ended = prepare(f"--source={source}", f"--out_dir={out}", "--overwrite=True", "--num_proc=2", before=(
+            "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"))
+        assert "can't be written" in error_line(ended)
+        assert bins(out) == before and not (out / ".prepare").exists()
+
+
+def test_no_fallocate_no_fork_hooks(prepare, tmp_path):
+    """As on macOS and Windows."""
+    rows = nasty_rows(3000, seed=4)
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--num_proc=2", method="spawn", before=(
+        "import os; del os.posix_fallocate, os.register_at_fork, os.sched_getaffinity"))
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path) == oracle(rows)
+
+
+def test_ctrl_c_with_spawned_workers(command, tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", nasty_rows(300_000, seed=5))
+    arguments, environment = command(f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2",
+                                     method="spawn")
+    process = subprocess.Popen(arguments, env=environment, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    work, deadline = tmp_path / "out" / ".prepare", time.monotonic() + 60
+    while not any(work.glob("tmp*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and output == "" and "Traceback" not in errors, errors
+    assert not work.exists()
+
+
+def test_pools_of_workers_that_have_hardly_begun_end():
+    """A pool that is done at once sends SIGTERM to workers that are still being forked."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import prepare, multiprocess\n"
+            "def stop(*_): raise SystemExit(1)\n"
+            "prepare.handle_signals(stop)\n"
+            "for _ in range(300):\n"
+            "    with multiprocess.Pool(4) as pool: pool.map(abs, [1])")
+    ended = subprocess.run([sys.executable, "-c", code, SAMPLE.parent], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("row", ["a" * 20_000_000, " " * 20_000_000, "ab " * 7_000_000, "\u4e2d" * 6_000_000],
+                         ids=["letters", "spaces", "words", "ideographs"])
+def test_a_row_of_twenty_megabytes(prepare, tmp_path, row):
+    source = parquet(tmp_path / "rows.parquet", ["first", row, "last"])
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--shuffle=False", "--num_proc=1")
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path) == oracle(["first", row, "last"], shuffle=False)
