@@ -580,8 +580,9 @@ def prepare(flags, work):
     unfinished = work / "unfinished"
     unfinished.mkdir()
     stats = {"origin": origin}
-    # threads: Arrow and numpy let go of the interpreter while they copy, and nothing is sent between processes
-    with concurrent.futures.ThreadPoolExecutor(flags.num_proc) as pool:
+    # threads: Arrow and numpy let go of the interpreter while they copy, and nothing is sent between processes;
+    # no more than 8, as each takes 0.1 GB and memory is no faster for more
+    with concurrent.futures.ThreadPoolExecutor(min(flags.num_proc, 8)) as pool:
         for name, part in ("train", split["train"]), ("val", split["test"]):
             stats[name] = write(part, unfinished / f"{name}.bin", pool)
         if stats["val"]["bytes"] < 1 << 30:  # or it would take too much memory
