@@ -97,7 +97,7 @@ def stage_of(work):
 
 def kill_prepare(faults, count):
     """SIGKILL to all of prepare.py, or to one of its processes, at moments drawn over a run."""
-    rows = {"old": nasty_rows(3000, seed=1), "new": nasty_rows(60_000, seed=2)}
+    rows = {"old": nasty_rows(3000, seed=1), "new": nasty_rows(200_000, seed=2)}
     wanted = {name: oracle(texts, test_size=0.1) for name, texts in rows.items()}
     for name, texts in rows.items():
         pq.write_table(pa.table({"text": texts}), faults.folder / f"{name}.parquet")
@@ -174,7 +174,7 @@ def fill_disk(faults, count):
         if time.monotonic() > faults.end:
             break
         disk, cache = faults.folder / "disk", i % 4 == 3  # every fourth time it is the cache's disk
-        size = faults.pick.choice([1 << 20, 3 << 20]) if i % 2 else 24 << 20
+        size = faults.pick.choice([1 << 20, 3 << 20]) if i % 2 else 32 << 20
         with small_disk(disk, size) as mounted:
             if not mounted:
                 faults.tried["a disk that fills up: not tried, for want of the right to mount"] += 1
