@@ -97,6 +97,7 @@ KILLED = "a worker process was killed, for want of memory perhaps; a smaller --n
 REASONS = {  # what a sign in a traceback of datasets means
     "abruptly died": KILLED,
     "managers.py": KILLED,  # the process that the workers report to
+    "context.TimeoutError": KILLED,
     "BatchSize must be": "no rows in it",
     "SchemaInferenceError": "no rows in it",
     "StopIteration": "no rows in it",
@@ -192,8 +193,15 @@ def load(source, files, out_dir, num_proc):
             require_space([(out_dir, 1.2 * size)] + [(cache, size)] * (not cache.exists()))
         else:
             where = dict(path=source)
-        # larger record batches than the default of 1,000 rows: 17 s in place of 27 at full size
-        rows = datasets.load_dataset(**where, split="train", num_proc=num_proc, writer_batch_size=100_000)
+        for pause in 1, 2, 4, 8, 16:
+            try:
+                # larger record batches than the default of 1,000 rows: 17 s in place of 27 at full size
+                rows = datasets.load_dataset(**where, split="train", num_proc=num_proc, writer_batch_size=100_000)
+                break
+            except Exception as error:
+                if files or pause == 16 or status_of(error) not in (429, 500, 502, 503, 504):
+                    raise
+                time.sleep(pause)  # what has arrived is in the cache
     except Exception as error:  # datasets passes on whatever its readers and the network raise
         fail(f"--source={source}: {explain(error, files)}")
     if len(rows) == 0:
@@ -234,7 +242,10 @@ def require_space(needs):
 def explain(error, files):
     """One line on why the rows of `files`, or of the Hub where that is None, can't be had, naming the file if it can."""
     if files is None:
-        return (f"{reason(error)}; is the name right, and the network there? Prepare a local copy with --source=PATH,"
+        status = status_of(error)
+        said = {401: "the Hub wants a token for it (401): accept its terms there, then run `hf auth login`",
+                403: "the Hub refuses it (403): ask its owner for access, then run `hf auth login`"}.get(status)
+        return (f"{said or reason(error)}; is the name right, and the network there? Prepare a local copy with --source=PATH,"
                 " or the sample with --source=data/bookcorpus/sample.txt --out_dir=data/sample")
     for file in files if isinstance(error, (DatasetGenerationError, UnicodeError, pa.ArrowInvalid)) else ():
         try:
@@ -245,6 +256,13 @@ def explain(error, files):
         except Exception as error:
             return f"{file}: {reason(error)}"
     return reason(error)
+
+
+def status_of(error):
+    """The HTTP status that `error`, or an error behind it, is about; None where there is none."""
+    while error and not hasattr(getattr(error, "response", None), "status_code"):
+        error = error.__cause__ or error.__context__
+    return error.response.status_code if error else None
 
 
 def reason(error):
@@ -385,7 +403,7 @@ def tokenize(batch):
 def tokenize_rows(rows, work, num_proc):
     """The Dataset of n rows with `tokens` for `rows`, one with `text` in Arrow's format; kept in the folder `work`.
 
-    Raises UnicodeError where a row is not UTF-8; RuntimeError, EOFError or ConnectionError where a process died.
+    Raises UnicodeError where a row is not UTF-8, OSError where it can't be written, and many another where a process died.
     """
     n = len(rows)
     sample = tokenize(rows[range(0, n, math.ceil(n / 1000))])["tokens"]
@@ -570,7 +588,9 @@ def prepare(flags, work):
              " which leaves none for train.bin")
     try:
         tokens = tokenize_rows(rows, work, flags.num_proc)
-    except (UnicodeError, RuntimeError, EOFError, ConnectionError) as error:
+    except Exception as error:  # whatever datasets makes of a row that is not UTF-8, or of a process that died
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+            raise  # of the disk
         fail(f"--source={flags.source}: {explain(error, files)}")
     print(f"Splitting {n:,} rows ...", file=sys.stderr)
     split = tokens.train_test_split(
