@@ -11,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-from conftest import SCRIPT
-
+SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "data" / "bookcorpus" / "prepare.py"
 source, expected = sys.argv[1:]
 for setting in json.loads(pathlib.Path(expected).read_text()):
     for num_proc in 1, 2, 5:
