@@ -1,0 +1,199 @@
+"""What it costs to shuffle sentences: one small GPT, trained on the same books shuffled and in order.
+
+    python tests/order.py --source=NOVELS.parquet                              # two CPU cores: under an hour
+    python tests/order.py --source=NOVELS.parquet --vocabulary=50256 --n_layer=12 --n_embd=768 --block_size=1024  # a GPU
+
+prepare.py makes tokens of `--source` with --shuffle=False: train.bin is its head, val.bin the books at its tail. For each
+of `--seeds` train.py then learns twice, with the same flags, for the same number of tokens: from that train.bin, and from
+one with the same rows permuted as train_test_split does it. Both models read the tail, in order in windows of several
+lengths and each sentence alone, and every token of it counts once each time. Prints the losses as Markdown and draws the
+curves to `--picture`. Flags that this program does not know go to train.py.
+
+The head of a small GPT costs most of its time, so ids from `--vocabulary` on are spelled with the ids below it, as BPE
+does when it stops at that merge; with 50256 nothing changes.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import tiktoken
+import torch
+from conftest import ROOT, SCRIPT, TRAIN, gpt2
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(ROOT))
+from train import GPT, GPTConfig, read_checkpoint
+
+CUDA = torch.cuda.is_available()
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 96, "block_size": 512, "batch_size": 8, "gradient_accumulation_steps": 1,
+         "learning_rate": 3e-3, "min_lr": 3e-4, "warmup_iters": 100, "eval_iters": 10, "log_interval": 10}
+
+
+def spelled(ids, size):
+    """`ids`, uint16 of GPT-2's, with those from `size` on written in smaller ones; `size` itself ends a row."""
+    small = tiktoken.Encoding("small", pat_str=gpt2()._pat_str, special_tokens={},
+                              mergeable_ranks={token: id for token, id in gpt2()._mergeable_ranks.items() if id < size})
+    spelling = [small._encode_single_piece(gpt2().decode_single_token_bytes(id)) for id in range(50256)] + [[size]]
+    lengths = np.array([len(word) for word in spelling])
+    letters, firsts = np.concatenate(spelling).astype("<u2"), np.cumsum(lengths) - lengths
+    lengths, firsts = lengths[ids], firsts[ids]
+    return letters[np.repeat(firsts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())]
+
+
+def shuffled(ids, end, seed):
+    """The rows of `ids`, each closed by the id `end`, permuted as train_test_split permutes rows."""
+    rows = np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]
+    return np.concatenate([rows[i] for i in np.random.default_rng(seed).permutation(len(rows))])
+
+
+@torch.no_grad()
+def losses(model, sequences, device):
+    """The cross entropy, nats, float32, of each token but the first of each of `sequences`, int arrays, in their order."""
+    found, width = [None] * len(sequences), model.config.block_size
+    order = np.argsort([len(sequence) for sequence in sequences], kind="stable")  # alike in length: little padding
+    while len(order):
+        longest = min(len(sequences[order[min(len(order), 256) - 1]]) - 1, width)
+        batch, order = np.split(order, [max(1, 8 * width // longest)])
+        longest = max(len(sequences[i]) for i in batch)
+        ids = torch.full((len(batch), longest), -1)
+        for row, i in enumerate(batch):
+            ids[row, :len(sequences[i])] = torch.from_numpy(sequences[i].astype(np.int64))
+        logits = model(ids[:, :-1].clamp(min=0).to(device))
+        every = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().to(device), ignore_index=-1,
+                                reduction="none").view(len(batch), -1).cpu().numpy()
+        for row, i in enumerate(batch):
+            found[i] = every[row, :len(sequences[i]) - 1]
+    return found
+
+
+def windows(ids, width):
+    """`ids` in parts of `width` predicted tokens, each with the token before its first in front."""
+    return [ids[first:first + width + 1] for first in range(0, len(ids) - 1, width)]
+
+
+def measure(checkpoint, held_out, end, lengths):
+    """(mean loss by reading, loss at each place of the longest windows) of the model in `checkpoint` on `held_out`."""
+    device = "cuda" if CUDA else "cpu"
+    read = read_checkpoint(checkpoint, device)
+    model = GPT(GPTConfig(**read["model_args"])).to(device).eval()
+    model.load_state_dict(read["model"])
+    rows = np.split(held_out, np.flatnonzero(held_out[:-1] == end) + 1)
+    rows = [np.append(np.uint16(end), row) for row in rows]
+    width = model.config.block_size
+    readings = {f"in order, {length} tokens of context": windows(held_out, length) for length in lengths}
+    readings["alone, a sentence at a time"] = [window for row in rows for window in windows(row, width)]
+    means = {}
+    for name, sequences in readings.items():
+        found = losses(model, sequences, device)
+        if name.startswith(f"in order, {width} "):
+            places = np.mean([every for every in found if len(every) == width], axis=0)
+        if name.startswith("alone"):
+            found[0] = found[0][1:]  # the very first token has nothing before it in the other readings
+        means[name] = float(np.concatenate(found).mean())
+    return means, places
+
+
+def spread(values, form="{:.3f}"):
+    """The mean of `values` and how far the farthest is from it."""
+    mean = np.mean(values)
+    return f"{form.format(mean)} ± {form.format(np.abs(values - mean).max())}"
+
+
+def draw(path, curves, places):
+    """Loss on the held-out books by tokens seen, and by place in the context, to the picture `path`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for order, colour in ("shuffled", "C1"), ("in order", "C0"):
+        for i, curve in enumerate(curves[order]):
+            left.plot(*zip(*curve), colour, label=order if i == 0 else None, alpha=0.8)
+        for i, by_place in enumerate(places[order]):
+            edges = np.unique(np.geomspace(1, len(by_place) + 1, 17).astype(int))
+            means = [by_place[low - 1:high - 1].mean() for low, high in zip(edges, edges[1:])]
+            right.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, colour, label=order if i == 0 else None, alpha=0.8)
+    left.set(xlabel="tokens seen in training", ylabel="loss on held-out books, nats a token")
+    right.set(xlabel="place in the context, tokens", xscale="log")
+    left.legend(title="trained")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="books in order, a sentence a row, as prepare.py takes them")
+    parser.add_argument("--test_size", default=0.02, help="share of the rows that is held out at the tail")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--iters", type=int, default=1600)
+    parser.add_argument("--vocabulary", type=int, default=4096, help="of GPT-2's ids, how many are kept")
+    parser.add_argument("--jobs", type=int, default=1 if CUDA else 2, help="runs side by side")
+    parser.add_argument("--picture", type=pathlib.Path, default=ROOT / "data" / "bookcorpus" / "order.png")
+    flags, others = parser.parse_known_args()
+    began = time.monotonic()
+    shape = {**SHAPE, "max_iters": flags.iters, "lr_decay_iters": flags.iters, "eval_interval": max(1, flags.iters // 10)}
+    shape |= dict(word.removeprefix("--").split("=", 1) for word in others)
+    width = int(shape["block_size"])
+    step = int(shape["batch_size"]) * int(shape["gradient_accumulation_steps"]) * width
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // flags.jobs))}
+    torch.set_num_threads(int(threads["OMP_NUM_THREADS"]))
+    lengths = [width >> shift for shift in (6, 4, 2, 0) if width >> shift]
+    end = flags.vocabulary
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
+        subprocess.run([sys.executable, SCRIPT, f"--source={flags.source}", f"--out_dir={work}", "--shuffle=False",
+                        f"--test_size={flags.test_size}"], check=True, stdout=subprocess.DEVNULL)
+        head, held_out = (spelled(np.fromfile(work / f"{name}.bin", "<u2"), end) for name in ("train", "val"))
+        names = [gpt2().decode([id]) for id in range(end)] + ["\n"]
+        meta = {"vocab_size": -(-len(names) // 64) * 64, "stoi": {}, "itos": names}
+
+        def run(order, seed):
+            """(mean losses, losses by place, curve) of a run of train.py."""
+            data, out = work / f"{order} {seed}", work / f"out {order} {seed}"
+            data.mkdir()
+            (shuffled(head, end, seed) if order == "shuffled" else head).tofile(data / "train.bin")
+            held_out.tofile(data / "val.bin")
+            (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+            command = [sys.executable, "-u", str(TRAIN), f"--dataset={data}", f"--out_dir={out}", f"--seed={seed}",
+                       *(f"--{name}={value}" for name, value in shape.items())]
+            with subprocess.Popen(command, env=os.environ | threads, text=True, stdout=subprocess.PIPE) as process:
+                for line in process.stdout:
+                    bar.update(int(shape["log_interval"]) * line.startswith("iter "))
+            if process.returncode:
+                raise SystemExit(f"train.py ended with {process.returncode}")
+            records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+            curve = [(record["iter"] * step, record["val_loss"]) for record in records if "val_loss" in record]
+            return *measure(out / "ckpt.pt", held_out, end, lengths), curve
+
+        jobs = [(order, seed) for seed in range(1, flags.seeds + 1) for order in ("shuffled", "in order")]
+        with tqdm(total=len(jobs) * (flags.iters + 1), unit="iter", desc="Training") as bar, \
+                concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
+            done = list(zip(jobs, pool.map(lambda job: run(*job), jobs)))
+    of = {order: [result for (name, _), result in done if name == order] for order in ("shuffled", "in order")}
+    draw(flags.picture, *({order: [result[part] for result in of[order]] for order in of} for part in (2, 1)))
+
+    print(f"{flags.seeds} seeds, {flags.iters * step:,} tokens seen by each, {len(head):,} in the head, {len(held_out):,}"
+          f" held out; {shape['n_layer']} layers of {shape['n_embd']}, {end:,} of GPT-2's ids;"
+          f" {(time.monotonic() - began) / 60:.0f} min\n\n| held-out books, read | trained shuffled | trained in order |"
+          " gain from order |\n| --- | ---: | ---: | ---: |")
+    for name in of["shuffled"][0][0]:
+        a, b = (np.array([means[name] for means, *_ in of[order]]) for order in of)
+        print(f"| {name} | {spread(a)} | {spread(b)} | {spread(a - b)} |")
+    print("\n| place in the context | trained shuffled | trained in order | gain from order |\n| --- | ---: | ---: | ---: |")
+    edges = np.unique([1, *(width >> shift for shift in (6, 5, 4, 3, 2, 1, 0))])
+    for low, high in zip(edges, edges[1:]):
+        a, b = (np.array([places[low - (low == 1):high].mean() for _, places, _ in of[order]]) for order in of)
+        print(f"| {low + (low > 1)} to {high} | {spread(a)} | {spread(b)} | {spread(a - b)} |")
+
+
+if __name__ == "__main__":
+    main()
