@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import importlib.util
@@ -325,7 +326,8 @@ class Tokens:
         except OSError as error:
             raise Refused(f"{path}: {error.strerror}; make it with: python data/bookcorpus/prepare.py"
                           f" --out_dir={path.parent} (for BookCorpus; --source=PATH takes other text)") from None
-        self.path, self.size, self.block_size = path, os.path.getsize(path), block_size
+        self.path, self.block_size, self.state = path, block_size, self.state_now()
+        self.size = self.state[0]
         if self.size % ID.itemsize:
             raise Refused(f"{path}: {self.size:,} bytes are not a whole number of uint16; make it anew")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -345,9 +347,14 @@ class Tokens:
     def __len__(self):
         return self.size // ID.itemsize
 
+    def state_now(self):
+        """(bytes, time of the last change) of the file."""
+        status = os.fstat(self.file.fileno())
+        return status.st_size, status.st_mtime_ns
+
     def ids(self):
         """All ids as a new memmap: the pages that one has touched count as this process's for as long as it lives."""
-        if os.fstat(self.file.fileno()).st_size != self.size:
+        if self.state_now() != self.state:
             raise Refused(f"{self.path}: was changed while training; the last checkpoint stands")
         return np.memmap(self.file, ID, mode="r")
 
@@ -562,15 +569,6 @@ def evaluation_batches(tokens, config, n):
     return [part for part in parts if len(part)]  # the last one may be shorter than a block
 
 
-def total(values, device, world):
-    """The list of numbers `values`, each summed over the processes."""
-    if world == 1:
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
-
-
 class Log:
     """log.jsonl, one record a line, and what is drawn from it; of process 0 alone."""
 
@@ -610,149 +608,181 @@ class Log:
         pyplot.close(figure)
 
 
-def train(config, given):
-    """Train as `config` asks. Raises Refused; returns the number of the signal that ended it early, or 0."""
-    device, rank, world = set_up(config)
-    check(config, world)
-    out, folder = pathlib.Path(config.out_dir), ROOT / "data" / config.dataset
-    vocabulary = Vocabulary(folder)
-    model, checkpoint = build(config, given, vocabulary.model_size, device)
-    data = {split: Tokens(folder / f"{split}.bin", model.config.block_size, model.config.vocab_size)
-            for split in ("train", "val")}
-    optimizer = model.optimizer(config, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-    iter_num, best_val_loss = 0, math.inf
-    if checkpoint:
-        groups = [{**group, "params": None} for group in optimizer.param_groups]
+class Training:
+    """A GPT in training as `config` asks, and what goes with it in this process. Raises Refused."""
+
+    def __init__(self, config, given):
+        self.config = config
+        self.device, self.rank, self.world = set_up(config)
+        check(config, self.world)
+        self.out, folder = pathlib.Path(config.out_dir), ROOT / "data" / config.dataset
+        self.vocabulary = Vocabulary(folder)
+        self.model, checkpoint = build(config, given, self.vocabulary.model_size, self.device)
+        self.block_size = self.model.config.block_size
+        self.tokens = config.gradient_accumulation_steps * config.batch_size * self.block_size  # of an iteration
+        self.data = {split: Tokens(folder / f"{split}.bin", self.block_size, self.model.config.vocab_size)
+                     for split in ("train", "val")}
+        self.optimizer = self.model.optimizer(config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
+        self.autocast = torch.autocast(self.device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+        self.iter_num, self.best_val_loss = 0, math.inf
+        if checkpoint:
+            self.go_on(checkpoint)
+        self.held_out = {"val": evaluation_batches(self.data["val"], config, config.eval_iters)}
+        self.held_out["train"] = evaluation_batches(self.data["train"], config, len(self.held_out["val"]))
+        self.compiled = torch.compile(self.model) if config.compile else self.model
+        self.ddp = self.compiled if self.world == 1 else DistributedDataParallel(
+            self.compiled, [self.device.index] if self.device.type == "cuda" else None)
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log = Log(self.out, config, self.iter_num)
+            print(f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters on {self.device},"
+                  f" {config.dtype}, {self.tokens:,} tokens an iteration")
+
+    def go_on(self, checkpoint):
+        """Take optimizer, iteration and best loss from `checkpoint`, but the optimizer's settings from this run's flags."""
+        path, groups = self.out / "ckpt.pt", [{**group, "params": None} for group in self.optimizer.param_groups]
         try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint.get("scaler", {}) if scaler.is_enabled() else {})
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint.get("scaler", {}) if self.scaler.is_enabled() else {})
         except (KeyError, ValueError, RuntimeError) as error:
-            raise Refused(f"{out / 'ckpt.pt'}: its optimizer does not fit its model ({error})") from None
-        for group, ours in zip(optimizer.param_groups, groups):  # flags of this run, not those of the last
+            raise Refused(f"{path}: its optimizer does not fit its model ({error})") from None
+        for group, ours in zip(self.optimizer.param_groups, groups):
             group.update({**ours, "params": group["params"]})
-        iter_num, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
-        checkpoint = None  # as large as model and optimizer together
-    if iter_num > config.max_iters and not config.eval_only:
-        raise Refused(f"{out / 'ckpt.pt'}: its iteration {iter_num - 1} was the last; --max_iters={config.max_iters}"
-                      " leaves nothing to do")
-    held_out = {"val": evaluation_batches(data["val"], config, config.eval_iters)}
-    held_out["train"] = evaluation_batches(data["train"], config, len(held_out["val"]))
-    compiled = torch.compile(model) if config.compile else model
-    ddp = DistributedDataParallel(compiled, [device.index] if device.type == "cuda" else None) if world > 1 else compiled
-    log = None
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, config, iter_num)
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}, {config.dtype},"
-              f" {config.gradient_accumulation_steps * config.batch_size * model.config.block_size:,} tokens"
-              f" an iteration")
+        self.iter_num, self.best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+        if self.iter_num > self.config.max_iters and not self.config.eval_only:
+            raise Refused(f"{path}: its iteration {self.iter_num - 1} was the last; --max_iters={self.config.max_iters}"
+                          " leaves nothing to do")
 
-    def fetch(iter_num, micro_step):
-        rng = np.random.default_rng([config.seed, iter_num, micro_step])
-        starts = rng.integers(len(data["train"]) - model.config.block_size, size=config.batch_size)
-        return micro_step, *data["train"].batch(starts, device)
+    def micro_batches(self):
+        """Yield (micro-step, x, y), of this process's share of the micro-batches, from iteration iter_num on."""
+        def fetch(iter_num, micro_step):
+            rng = np.random.default_rng([self.config.seed, iter_num, micro_step])
+            starts = rng.integers(len(self.data["train"]) - self.block_size, size=self.config.batch_size)
+            return micro_step, *self.data["train"].batch(starts, self.device)
 
-    @torch.no_grad()
-    def evaluate(split):
-        """Mean loss on the same batches each time, shared out among the processes."""
-        model.eval()
-        losses = count = 0.0
-        for x, y in ahead(data[split].batch, [(starts, device) for starts in held_out[split][rank::world]]):
-            with autocast:
-                losses += compiled(x, y).item() * y.numel()
-            count += y.numel()
-        model.train()
-        losses, count = total([losses, count], device, world)
-        return losses / count
+        return ahead(fetch, ((i, step) for i in itertools.count(self.iter_num)
+                             for step in range(self.rank, self.config.gradient_accumulation_steps, self.world)))
 
-    def save():
-        if not all(torch.isfinite(p).all() for p in model.parameters()):
-            raise Refused(f"the weights are no longer finite before iteration {iter_num}; a lower --learning_rate may"
-                          " help; the last checkpoint stands")
-        save_checkpoint(out / "ckpt.pt", {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "model_args": dataclasses.asdict(model.config), "gelu": model.gelu, "iter_num": iter_num,
-            "best_val_loss": best_val_loss, "config": dataclasses.asdict(config)})
-        log.draw()
-
-    def report():
-        """Evaluate, show a sample, and save where that is asked for."""
-        nonlocal best_val_loss
-        losses = {split: evaluate(split) for split in ("train", "val")}
-        if not math.isfinite(losses["train"] + losses["val"]):
-            raise Refused(f"the loss before iteration {iter_num} is {losses['val']}; a lower --learning_rate may help;"
-                          " the last checkpoint stands")
-        if rank == 0:
-            better, best_val_loss = losses["val"] < best_val_loss, min(losses["val"], best_val_loss)
-            print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f},"
-                  f" perplexity {math.exp(losses['val']):.2f}")
-            log.add(iter=iter_num, train_loss=losses["train"], val_loss=losses["val"])
-            with autocast:
-                text, = generate(model, vocabulary, vocabulary.first, 1, 40, config)
-            print(f"sample: {' / '.join(text.strip().splitlines())}")
-            if iter_num > 0 and (better or config.always_save_checkpoint) and not config.eval_only:
-                save()
-
-    stopped = []  # the signal that came; it is acted on between two iterations
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, frame: stopped.append(number))
-    n_micro = config.gradient_accumulation_steps // world
-    batches = ahead(fetch, ((i, step) for i in itertools.count(iter_num)
-                            for step in range(rank, config.gradient_accumulation_steps, world)))
-    tokens = config.gradient_accumulation_steps * config.batch_size * model.config.block_size
-    peak = next((flops for name, flops in PEAK.items() if device.type == "cuda"
-                 and name in torch.cuda.get_device_name(device)), None)
-    first = last = iter_num
-    began = lap = time.perf_counter()
-    while True:
-        if iter_num % config.eval_interval == 0 or iter_num > config.max_iters or config.eval_only:
-            report()
-            last, lap = iter_num, time.perf_counter()
-        if iter_num > config.max_iters or config.eval_only:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, iter_num)
+    def iteration(self, batches):
+        """Take one step of the optimizer on the next of `batches`. Returns the loss of this process's share, a tensor."""
+        config, n_micro = self.config, self.config.gradient_accumulation_steps // self.world
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.iter_num)
         loss = 0.0
         for i in range(n_micro):
             step, x, y = next(batches)
             if config.dropout:
-                torch.manual_seed(hash((config.seed, iter_num, step)))
-            if world > 1:
-                ddp.require_backward_grad_sync = i == n_micro - 1
-            with autocast:
-                part = ddp(x, y) / n_micro
-            scaler.scale(part).backward()
+                torch.manual_seed(hash((config.seed, self.iter_num, step)))
+            if self.world > 1:
+                self.ddp.require_backward_grad_sync = i == n_micro - 1
+            with self.autocast:
+                part = self.ddp(x, y) / n_micro
+            self.scaler.scale(part).backward()
             loss += part.detach()
         if config.grad_clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if iter_num % config.log_interval == 0:
-            loss, = total([loss.item() / world], device, world)
-            if not math.isfinite(loss):
-                raise Refused(f"the loss of iteration {iter_num} is {loss}; a lower --learning_rate may help;"
-                              " the last checkpoint stands")
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def total(self, *values):
+        """The numbers `values`, each summed over the processes, as a list."""
+        if self.world == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+    def finite(self, loss):
+        """`loss`, a number. Raises Refused where it is none any more."""
+        if not math.isfinite(loss):
+            raise Refused(f"the loss is {loss} at iteration {self.iter_num}; a lower --learning_rate may help;"
+                          " the last checkpoint stands")
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, split):
+        """Mean loss on the same batches of `split` each time, shared out among the processes."""
+        self.model.eval()
+        losses = count = 0.0
+        starts = self.held_out[split][self.rank::self.world]
+        for x, y in ahead(self.data[split].batch, [(part, self.device) for part in starts]):
+            with self.autocast:
+                losses += self.compiled(x, y).item() * y.numel()
+            count += y.numel()
+        self.model.train()
+        losses, count = self.total(losses, count)
+        return self.finite(losses / count)
+
+    def report(self):
+        """Evaluate, show a sample, and save where that is asked for."""
+        train_loss, val_loss = self.evaluate("train"), self.evaluate("val")
+        if self.rank:
+            return
+        better, self.best_val_loss = val_loss < self.best_val_loss, min(val_loss, self.best_val_loss)
+        print(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f},"
+              f" perplexity {math.exp(val_loss):.2f}")
+        self.log.add(iter=self.iter_num, train_loss=train_loss, val_loss=val_loss)
+        with self.autocast:
+            text, = generate(self.model, self.vocabulary, self.vocabulary.first, 1, 40, self.config)
+        print(f"sample: {' / '.join(text.strip().splitlines())}")
+        if self.iter_num > 0 and (better or self.config.always_save_checkpoint) and not self.config.eval_only:
+            self.save()
+
+    def save(self):
+        """Write ckpt.pt and draw loss.png."""
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            self.finite(math.nan)
+        save_checkpoint(self.out / "ckpt.pt", {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "model_args": dataclasses.asdict(self.model.config),
+            "gelu": self.model.gelu, "iter_num": self.iter_num, "best_val_loss": self.best_val_loss,
+            "config": dataclasses.asdict(self.config)})
+        self.log.draw()
+
+
+def train(config, given):
+    """Train as `config` asks. Raises Refused; returns the number of the signal that ended it early, or 0."""
+    run = Training(config, given)
+    stopped = []  # the signal that came; it is acted on between two iterations
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, frame: stopped.append(number))
+    peak = next((flops for name, flops in PEAK.items() if run.device.type == "cuda"
+                 and name in torch.cuda.get_device_name(run.device)), None)
+    batches, first = run.micro_batches(), run.iter_num
+    began = time.perf_counter()
+    last, lap = first, began  # of the last log line: the iteration after it, and when
+    while True:
+        done = run.iter_num > config.max_iters or config.eval_only
+        if run.iter_num % config.eval_interval == 0 or done:
+            run.report()
+            last, lap = run.iter_num, time.perf_counter()
+        if done:
+            return 0
+        loss = run.iteration(batches)
+        if run.iter_num % config.log_interval == 0:
+            loss, = run.total(loss.item() / run.world)
+            run.finite(loss)
             now = time.perf_counter()
-            rate = tokens * (iter_num + 1 - last) / (now - lap)
-            left = (now - began) / (iter_num + 1 - first) * (config.max_iters - iter_num)
-            use = model.flops_per_token() * rate / (peak * world) if peak else None
-            if rank == 0:
-                print(f"iter {iter_num}: loss {loss:.4f}, time {1000 * tokens / rate:.2f}ms, {rate:,.0f} tokens/s"
-                      + (f", mfu {use:.2%}" if use else "") + f", {time.strftime('%H:%M:%S', time.gmtime(left))} left")
-                log.add(iter=iter_num, loss=loss, lr=learning_rate(config, iter_num), tokens_per_second=round(rate),
-                        mfu=use)
-            last, lap = iter_num + 1, now
-        iter_num += 1
-        if total([len(stopped)], device, world)[0]:
-            if rank == 0:
-                save()
-                print(f"stopped before iteration {iter_num}; go on with the same command and --init_from=resume")
+            seconds = (now - lap) / (run.iter_num + 1 - last)
+            left = (now - began) / (run.iter_num + 1 - first) * (config.max_iters - run.iter_num)
+            use = run.model.flops_per_token() * run.tokens / seconds / (peak * run.world) if peak else None
+            if run.rank == 0:
+                print(f"iter {run.iter_num}: loss {loss:.4f}, time {1000 * seconds:.2f}ms, {run.tokens / seconds:,.0f}"
+                      f" tokens/s" + (f", mfu {use:.2%}" if use else "")
+                      + f", {datetime.timedelta(seconds=round(left))} left")
+                run.log.add(iter=run.iter_num, loss=loss, lr=learning_rate(config, run.iter_num),
+                            tokens_per_second=round(run.tokens / seconds), mfu=use)
+            last, lap = run.iter_num + 1, now
+        run.iter_num += 1
+        if run.total(len(stopped))[0]:
+            if run.rank == 0:
+                run.save()
+                print(f"stopped before iteration {run.iter_num}; go on with the same command and --init_from=resume")
             return stopped[0] if stopped else signal.SIGTERM
-    return 0
 
 
 # -----------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--source", required=True, help="books in order, a sentence a row, as prepare.py takes them")
     parser.add_argument("--test_size", default=0.02, help="share of the rows that is held out at the tail")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--iters", type=int, default=1600)
+    parser.add_argument("--iters", type=int, default=2000)
     parser.add_argument("--vocabulary", type=int, default=4096, help="of GPT-2's ids, how many are kept")
     parser.add_argument("--jobs", type=int, default=1 if CUDA else 2, help="runs side by side")
     parser.add_argument("--picture", type=pathlib.Path, default=ROOT / "data" / "bookcorpus" / "order.png")
