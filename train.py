@@ -839,6 +839,11 @@ def main():
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit("train.py: the device is out of memory; a smaller --batch_size or --block_size takes less")
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        sys.exit(f"train.py: another process of the job is gone, or can't be reached ({first_line(error)});"
+                 " the last checkpoint stands")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if dist.is_initialized():

@@ -8,6 +8,7 @@ import pathlib
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -117,6 +118,13 @@ def refused(prepare):
         assert len(lines) == 1 and lines[0].startswith(f"{script.name}: "), ended.stderr
         return lines[0]
     return run
+
+
+def wait_for(condition, process, seconds=60):
+    """Return as soon as condition() is true, or `process` has ended, or after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def write_jsonl(path, rows):

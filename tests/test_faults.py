@@ -8,7 +8,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SAMPLE, bins, nasty_rows, oracle, write_jsonl
+from conftest import SAMPLE, bins, nasty_rows, oracle, wait_for, write_jsonl
 from hub import serve
 from test_prepare import SENTENCES, parquet
 
@@ -155,9 +155,8 @@ def test_ctrl_c_with_spawned_workers(command, tmp_path):
                                      method="spawn")
     process = subprocess.Popen(arguments, env=environment, text=True, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    work, deadline = tmp_path / "out" / ".prepare", time.monotonic() + 60
-    while not any(work.glob("tmp*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    work = tmp_path / "out" / ".prepare"
+    wait_for(lambda: any(work.glob("tmp*")), process)
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and output == "" and "Traceback" not in errors, errors

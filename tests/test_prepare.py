@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import ROOT, SAMPLE, SCRIPT, bins, nasty_rows, oracle, row_bytes, write_jsonl
+from conftest import ROOT, SAMPLE, SCRIPT, bins, nasty_rows, oracle, row_bytes, wait_for, write_jsonl
 from hub import serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -381,9 +381,7 @@ def running(command, tmp_path):
         process = subprocess.Popen(arguments, env=environment, text=True, start_new_session=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         started.append(process)
-        deadline = time.monotonic() + 60
-        while not until(tmp_path / "out" / ".prepare") and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_for(lambda: until(tmp_path / "out" / ".prepare"), process)
         return process
 
     yield start

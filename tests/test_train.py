@@ -9,12 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, TRAIN
+from conftest import ROOT, SAMPLE, TRAIN, wait_for
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
@@ -261,9 +260,7 @@ def test_killed_while_saving(train, start, tmp_path):
     flags = "--max_iters=400", "--eval_interval=1", "--n_embd=256", "--eval_iters=1", "--dropout=0.1"
     process = start(*flags)
     new, saved = tmp_path / "out" / "ckpt.pt.new", tmp_path / "out" / "ckpt.pt"
-    deadline = time.monotonic() + 60
-    while not (new.exists() and saved.exists()) and time.monotonic() < deadline:
-        pass
+    wait_for(lambda: new.exists() and saved.exists(), process)
     process.kill()
     process.wait()
     assert checkpoint_in(tmp_path / "out")["iter_num"] > 0
@@ -278,25 +275,88 @@ def test_killed_while_saving(train, start, tmp_path):
 
 @pytest.fixture
 def torchrun(command, letters, tmp_path):
-    def run(n, *flags):
-        arguments, environment = command(f"--dataset={letters}", f"--out_dir={tmp_path / f'out{n}'}", *SMALL, *flags,
+    """torchrun(*flags) starts such a run in two processes and returns the Popen of torchrun."""
+    started = []
+
+    def run(*flags):
+        arguments, environment = command(f"--dataset={letters}", f"--out_dir={tmp_path / 'two'}", *SMALL, *flags,
                                          script=TRAIN)
-        arguments[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        return subprocess.run(arguments, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                              timeout=120)
-    return run
+        arguments[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        started.append(subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def test_two_processes_are_one(torchrun, train):
     flags = "--max_iters=20", "--eval_interval=10", "--eval_iters=0", "--gradient_accumulation_steps=4", "--dropout=0.1"
-    one, two = train(*flags), torchrun(2, *flags)
-    assert two.returncode == 0, two.stderr
-    assert one.stdout.count("\nstep ") == two.stdout.count("\nstep ") == 4, "only one process writes"
+    one, job = train(*flags).stdout, torchrun(*flags)
+    two, errors = job.communicate(timeout=120)
+    assert job.returncode == 0, errors
+    assert one.count("\nstep ") == two.count("\nstep ") == 4, "only one process writes"
     for kind in "iter", "step":
-        numbers = [[float(word.strip(",")) for line in ended.stdout.splitlines() if line.startswith(kind)
-                    for before, word in zip(line.split(), line.split()[1:]) if before == "loss"] for ended in (one, two)]
+        numbers = [[float(word.strip(",")) for line in text.splitlines() if line.startswith(kind)
+                    for before, word in zip(line.split(), line.split()[1:]) if before == "loss"] for text in (one, two)]
         assert len(numbers[0]) > 3
         np.testing.assert_allclose(*numbers, atol=1e-4)
+
+
+def test_process_of_a_job_that_dies(torchrun, tmp_path):
+    """The other one ends with a line, the last checkpoint stands, and the job goes on from it."""
+    flags = "--eval_interval=10", "--eval_iters=1", "--log_interval=10"
+    job = torchrun(*flags, "--max_iters=1000000")
+    wait_for((tmp_path / "two" / "ckpt.pt").exists, job)
+    workers = list(map(int, pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()))
+    os.kill(next(pid for pid in workers if b"\0RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()),
+            signal.SIGKILL)
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode == 1 and "train.py: another process of the job" in errors, errors
+    assert f"{TRAIN}\", line" not in errors, "a traceback of ours"
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers)
+    reached = checkpoint_in(tmp_path / "two")["iter_num"]
+    job = torchrun(*flags, f"--max_iters={reached + 10}", "--init_from=resume")
+    output, errors = job.communicate(timeout=120)
+    assert job.returncode == 0 and f"iter {reached}: " in output, errors
+    assert checkpoint_in(tmp_path / "two")["iter_num"] == reached + 11
+
+
+def test_data_that_is_replaced_while_training(train, start, letters, tmp_path):
+    """Moved into its place, as prepare.py does it, another file is not noticed; written into it ends the run."""
+    flags = "--max_iters=300", "--eval_interval=100"
+    assert train(*flags).returncode == 0
+    shutil.move(tmp_path / "out", tmp_path / "whole")
+    data = shutil.copytree(letters, tmp_path / "data")
+    process = start(f"--dataset={data}", *flags)
+    wait_for((tmp_path / "out" / "log.jsonl").exists, process)
+    for name in "train.bin", "val.bin":
+        (tmp_path / name).write_bytes(b"\1\0" * 100)
+        os.replace(tmp_path / name, data / name)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert same_state(checkpoint_in(tmp_path / "out"), checkpoint_in(tmp_path / "whole"))
+
+    for change in shorter, same_size:
+        shutil.rmtree(data)
+        shutil.copytree(letters, data)
+        process = start(f"--dataset={data}", "--max_iters=1000000", "--eval_interval=100")
+        saved = (tmp_path / "out" / "ckpt.pt").stat().st_mtime_ns
+        wait_for(lambda: (tmp_path / "out" / "ckpt.pt").stat().st_mtime_ns != saved, process)
+        change(data / "train.bin")
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 1 and errors.count("\n") == 1 and "train.bin: was changed while training" in errors
+        assert checkpoint_in(tmp_path / "out")["iter_num"] >= 100
+
+
+def shorter(path):
+    os.truncate(path, 100)
+
+
+def same_size(path):
+    path.write_bytes(bytes(path.stat().st_size))
 
 
 def test_nanogpt_checkpoint_is_resumed(train, tmp_path):
@@ -446,10 +506,14 @@ def test_bad_checkpoints(refused, train, letters, tmp_path):
     path = tmp_path / "out" / "ckpt.pt"
     body = path.read_bytes()
     flags = f"--dataset={letters}", f"--out_dir={tmp_path / 'out'}", *SMALL, "--init_from=resume"
-    for cut in 0, 1, 1000, len(body) // 2, len(body) - 1:
+    for cut in 0, len(body) // 2, len(body) - 1:
         path.write_bytes(body[:cut])
         assert "is broken, or no checkpoint" in refused(*flags, script=TRAIN)
         assert path.read_bytes() == body[:cut]
+    for cut in {*range(0, len(body), 997), *range(len(body) - 200, len(body))}:
+        path.write_bytes(body[:cut])
+        with pytest.raises(module.Refused, match="is broken, or no checkpoint"):
+            module.read_checkpoint(path, "cpu")
     path.write_bytes(body)
     assert "has 2" in refused(*flags, "--n_layer=3", script=TRAIN)
     assert "leaves nothing to do" in refused(*flags, "--max_iters=1", script=TRAIN)
@@ -468,13 +532,12 @@ def test_bad_checkpoints(refused, train, letters, tmp_path):
 
 def test_loss_that_is_no_longer_finite(train, tmp_path):
     assert train("--max_iters=5", "--eval_interval=5").returncode == 0
-    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    before = checkpoint_in(tmp_path / "out")
     ended = train("--init_from=resume", "--max_iters=50", "--eval_interval=3", "--learning_rate=1e30", "--min_lr=1e30",
                   "--grad_clip=0.0")
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert ended.stderr.startswith("train.py: the loss") and "the last checkpoint stands" in ended.stderr
-    after = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
-    assert all(torch.isfinite(tensor).all() for tensor in after["model"].values()) and len(before) > 0
+    assert same_state(checkpoint_in(tmp_path / "out"), before)
 
 
 def test_full_disk_while_saving(train, tmp_path):
