@@ -1,16 +1,22 @@
 """Faults that are quick to try: a Hub that fails, a disk that is full, a system that lacks things. See also faults.py."""
 import os
+import pathlib
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SAMPLE, bins, nasty_rows, oracle, wait_for, write_jsonl
+from conftest import ROOT, SAMPLE, TRAIN, bins, nasty_rows, oracle, wait_for, write_jsonl
 from hub import serve
 from test_prepare import SENTENCES, parquet
+from test_train import SMALL
 
 NAME = "SamuelYang/bookcorpus"
 FILE = "data/train-00000-of-00001.parquet"
@@ -139,14 +145,79 @@ def test_disk_that_fills_up(prepare, tmp_path):
         assert bins(out) == before and not (out / ".prepare").exists()
 
 
-def test_no_fallocate_no_fork_hooks(prepare, tmp_path):
-    """As on macOS and Windows."""
+LACKING = """
+import os, signal
+for module, names in (os, "fork forkpty posix_fallocate register_at_fork sched_getaffinity"), (signal, "pthread_sigmask"):
+    for name in names.split():
+        delattr(module, name)
+for name in dir(signal):
+    if name.startswith("SIG") and name[3:].isalpha() and name not in ("SIGINT", "SIGTERM"):
+        delattr(signal, name)
+"""
+
+
+def test_a_system_without_fork_and_most_signals(prepare, tmp_path):
+    """As macOS and Windows are, in all processes: what they lack is taken away before anything else runs."""
     rows = nasty_rows(3000, seed=4)
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--num_proc=2", method="spawn", before=(
-        "import os; del os.posix_fallocate, os.register_at_fork, os.sched_getaffinity"))
+    (tmp_path / "sitecustomize.py").write_text(LACKING)
+    lacking = {"method": "spawn", "PYTHONPATH": str(tmp_path)}
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2", **lacking)
     assert ended.returncode == 0, ended.stderr
-    assert bins(tmp_path) == oracle(rows)
+    assert bins(tmp_path / "out") == oracle(rows)
+    (tmp_path / "sitecustomize.py").write_text(LACKING.replace("register_at_fork", ""))  # torch asks for the system
+    ended = prepare(f"--dataset={tmp_path / 'out'}", f"--out_dir={tmp_path / 'model'}", *SMALL, "--max_iters=1",
+                    "--block_size=8", script=TRAIN, **lacking)
+    assert ended.returncode == 0 and (tmp_path / "model" / "ckpt.pt").exists(), ended.stderr
+
+
+def test_paths_of_all_kinds(prepare, tmp_path):
+    """White space, quotes, a newline, signs that mean something to patterns and shells, other scripts."""
+    folder = tmp_path / "it's \"a\"\n[1]*? {rank} 100% \u00e9\u4e2d"
+    out = folder / "$HOME"  # which datasets would replace by its value in the path of a source
+    folder.mkdir()
+    ended = prepare(f"--source={shutil.copy(SAMPLE, folder)}", f"--out_dir={out}", "--test_size=0.1", "--num_proc=2",
+                    HF_HOME=str(folder / "hf"))
+    assert ended.returncode == 0, ended.stderr
+    assert bins(out) == oracle(SENTENCES, test_size=0.1)
+    words = shlex.split(ended.stdout.partition("Train on it: python train.py ")[2])
+    ended = prepare(*words, f"--out_dir={folder / 'model'}", *SMALL, "--max_iters=1", script=TRAIN)
+    assert ended.returncode == 0 and (folder / "model" / "ckpt.pt").exists(), ended.stderr
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
+def test_out_dir_on_another_file_system(prepare, tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != tmp_path.stat().st_dev
+        for out, rest in (tmp_path, other), (pathlib.Path(other), str(tmp_path)):
+            ended = prepare(f"--source={SAMPLE}", f"--out_dir={out / 'out'}", TMPDIR=rest, HF_HOME=f"{rest}/hf")
+            assert ended.returncode == 0, ended.stderr
+            assert bins(out / "out") == oracle(SENTENCES)
+
+
+def test_no_two_names_differ_in_case_alone(prepare, tmp_path):
+    """Neither in the repository nor in what a run has written at the moment when all of it is there."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", HF_HOME=str(tmp_path / "hf"), before=(
+        "import os, shutil; remove = shutil.rmtree\n"
+        "def look(path, *arguments, **options):\n"
+        f"    print(*(os.path.join(*entry) for top in os.walk({str(tmp_path)!r}) for entry in\n"
+        "            [(top[0], name) for name in top[1] + top[2]]), sep='\\n', flush=True)\n"
+        "    return remove(path, *arguments, **options)\n"
+        "shutil.rmtree = look"))
+    assert ended.returncode == 0 and f"{tmp_path}/out/.prepare/tokens" in ended.stdout, ended.stderr
+    names += {line for line in ended.stdout.splitlines() if line.startswith(str(tmp_path))}
+    assert len({name.casefold() for name in names}) == len(names) > 20
+
+
+def test_one_folder_by_two_names(prepare, refused, tmp_path):
+    """As `Out` and `out` are on a file system that does not tell upper from lower case; here by a link."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "Out").symlink_to(tmp_path / "out")
+    with filelock.FileLock(tmp_path / "out" / ".prepare" / "lock"):
+        assert "is preparing it" in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'Out'}")
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'Out'}").returncode == 0
+    assert bins(tmp_path / "out") == oracle(SENTENCES)
 
 
 def test_ctrl_c_with_spawned_workers(command, tmp_path):

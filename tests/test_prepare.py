@@ -87,7 +87,7 @@ def test_start_methods(prepare, tmp_path, method):
 
 @pytest.mark.parametrize("rows", [
     ["first", "second"],
-    [""] * 300,
+    [""] * 1_000_000,
     ["", " ", "  ", "x ", " x", "\u00a0", "\n"],
     ["a" * 300_000, "", " " * 100_000 + "x", "\u4e2d" * 50_000, "x y" * 100_000, "<|endoftext|>" * 10_000],
     ["huge " * 1_000_000] + [f"small {i}" for i in range(3000)],
@@ -417,6 +417,19 @@ def test_stopped_by_a_signal(running, prepare, tmp_path, number):
     assert output == "" and "Traceback" not in errors
     assert group_is_gone(process.pid)
     assert bins(tmp_path / "out") == before and not (tmp_path / "out" / ".prepare").exists()
+
+
+def test_a_worker_that_dies(running, tmp_path):
+    """For want of memory, say: the run ends within seconds, says so, and leaves nothing behind."""
+    process = running(until=lambda work: any(work.glob("tmp*")))
+    began, killed = time.monotonic(), 0
+    for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"resource_tracker" not in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+            killed = killed or os.kill(int(pid), signal.SIGKILL) or int(pid)
+    output, errors = process.communicate(timeout=30)
+    assert killed and process.returncode == 1 and time.monotonic() - began < 20
+    assert errors.splitlines()[-1].startswith(f"prepare.py: --source={tmp_path}") and "was killed" in errors
+    assert "Traceback" not in errors and list((tmp_path / "out").iterdir()) == []
 
 
 def test_killed_and_run_again(running, prepare, tmp_path):
