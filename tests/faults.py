@@ -1,13 +1,13 @@
 """What prepare.py and train.py do when they are killed, run out of disk or get hostile rows: many tries, by chance.
 
-    python tests/faults.py --seed=1 --count=60 --minutes=15
+    python tests/faults.py --seed=1 --count=60 --minutes=20
 
-Kills prepare.py `count` times and train.py a third as often, the whole process group or one process of it, at moments
-drawn over the length of a run and, by slowing them down, in the midst of moving the final files and of saving a
-checkpoint. Fills the disk under it at moments drawn likewise (needs the right to mount a tmpfs, else a limit on
-the size of files). Then a million rows made to break a tokenizer, against the oracle. After each try: nothing that stood
-before is harmed, no file under its final name is partial, no new one stands beside an old one, and the next run
-ends as if nothing had been. Prints what was tried, how often, and what was lost; exit status 1 if anything was.
+Kills prepare.py `count` times, the whole process group or one process of it, each stage in turn, at a moment drawn
+within it; the moves at the end are slowed down, so as to be hit. Kills train.py a third as often, half of these while it
+saves. Fills the disk under prepare.py a fifth as often (needs the right to mount a tmpfs). Then a million rows made to
+break a tokenizer, and one of a hundred megabytes, against the oracle. After each try: nothing that stood before is
+harmed, no file under its final name is partial, no new one stands beside an old one, and the next run ends as if nothing
+had been. Prints what was tried, how often, and what was lost; exit status 1 if anything was.
 """
 import argparse
 import collections
@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from conftest import SAMPLE, SCRIPT, TRAIN, bins, nasty_rows, oracle, row_bytes
+from conftest import SAMPLE, SCRIPT, TRAIN, bins, gpt2, nasty_rows, oracle, row_bytes, wait_for
 
 # makes the moments between two renames, and those of a checkpoint half written, long enough to be hit
 SLOW = """
@@ -44,7 +44,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 class Faults:
     def __init__(self, flags, folder):
-        self.pick, self.end = random.Random(flags.seed), time.monotonic() + 60 * flags.minutes
+        self.pick, self.end = random.Random(flags.seed), 0.0
         self.folder, self.tried, self.lost = folder, collections.Counter(), []
         self.environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                                          "MPLCONFIGDIR": str(folder / "mpl"), "PYTHONUNBUFFERED": "1"}
@@ -68,12 +68,26 @@ class Faults:
             os.killpg(process.pid, signal.SIGKILL)
             return process.communicate()
 
+    def tries(self, count):
+        """Yield the numbers below `count`, as long as there is time."""
+        for i in range(count):
+            if time.monotonic() > self.end:
+                print(f"{count - i} of {count} tries left out for want of time", flush=True)
+                break
+            yield i
+
     def run(self, script, *flags):
         began = time.monotonic()
         process = self.start(script, *flags)
         output, errors = self.finish(process, 300)
         self.expect(process.returncode == 0, f"{flags} ended with {process.returncode}: {errors[-500:]}")
         return time.monotonic() - began
+
+    def last_line(self, errors, when):
+        """The last line of `errors`, which has to be the one in which prepare.py says why it failed."""
+        line = errors.replace("\r", "\n").strip().splitlines()[-1]
+        self.expect(line.startswith("prepare.py: ") and "Traceback" not in errors, f"{when}: {errors[-800:]}")
+        return line
 
 
 def children(pid):
@@ -87,16 +101,36 @@ def children(pid):
 
 
 def stage_of(work):
-    """How far a run of prepare.py had come, by what it left in its folder `work`."""
+    """How far a run of prepare.py in two processes has come, by what is in its folder `work`."""
     if not work.exists():
-        return "start or end"
-    names = {path.name for path in work.iterdir()}
-    return next((stage for name, stage in (("whole", "moving"), ("unfinished", "writing"), ("train.arrow", "splitting"))
-                 if name in names), "tokenizing" if any(n.startswith(("tmp", "tokens")) for n in names) else "loading")
+        return "start"
+    names = [path.name for path in work.iterdir()]
+    if "whole" in names:
+        return "moving"
+    if "unfinished" in names:
+        return "writing"
+    done = sum(name.startswith("tokens") for name in names)
+    return "splitting" if done == 2 else "tokenizing" if done or any(n.startswith("tmp") for n in names) else "loading"
+
+
+# a stage to kill in, and whether one process or all of them are killed
+MOMENTS = [("start", "all"), ("loading", "one"), ("moving", "all"), ("tokenizing", "all"), ("splitting", "all"),
+           ("tokenizing", "one"), ("writing", "all"), ("loading", "all"), ("moving", "all")]
+
+
+def seconds_of(process, work):
+    """How many seconds the running `process` spends in each stage."""
+    seconds, last = collections.Counter(), time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.001)
+        now = time.monotonic()
+        seconds[stage_of(work)] += now - last
+        last = now
+    return seconds
 
 
 def kill_prepare(faults, count):
-    """SIGKILL to all of prepare.py, or to one of its processes, at moments drawn over a run."""
+    """SIGKILL to all of prepare.py, or to one of its processes, in each stage in turn."""
     rows = {"old": nasty_rows(3000, seed=1), "new": nasty_rows(200_000, seed=2)}
     wanted = {name: oracle(texts, test_size=0.1) for name, texts in rows.items()}
     for name, texts in rows.items():
@@ -105,42 +139,34 @@ def kill_prepare(faults, count):
     flags = {name: (f"--source={faults.folder / name}.parquet", f"--out_dir={out}", "--num_proc=2", "--overwrite=True",
                     "--test_size=0.1") for name in rows}
     faults.run(SCRIPT, *flags["old"])
-    length = faults.run(SCRIPT, *flags["new"])
-    for i in range(count):
-        if time.monotonic() > faults.end:
-            break
-        faults.run(SCRIPT, *flags["old"])
+    shutil.copytree(out, faults.folder / "standing")
+    shutil.rmtree(faults.folder / "hf")
+    seconds = seconds_of(faults.start(SCRIPT, *flags["new"]), out / ".prepare") | {"start": 1, "moving": 1.8}
+    shutil.rmtree(out)
+    for i in faults.tries(count):
+        aim, kind = MOMENTS[i % len(MOMENTS)]
+        shutil.copytree(faults.folder / "standing", out)
         shutil.rmtree(faults.folder / "hf", ignore_errors=True)  # so that loading takes its time too
-        slow, one = i % 5 == 0, i % 3 == 0
-        process = faults.start(SCRIPT, *flags["new"], slow=slow)
-        if slow:
-            until = faults.pick.uniform(0, 1.8)
-            deadline = time.monotonic() + 60
-            while not (out / ".prepare" / "whole").exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.002)
-            time.sleep(until)
-        else:
-            time.sleep(faults.pick.uniform(0.5, length))
-        below = children(process.pid)
-        stage = stage_of(out / ".prepare")
-        if one and not slow and below:
+        process = faults.start(SCRIPT, *flags["new"], slow=aim == "moving")
+        wait_for(lambda: stage_of(out / ".prepare") == aim, process)
+        time.sleep(faults.pick.uniform(0, seconds[aim]))
+        below, stage = children(process.pid), stage_of(out / ".prepare")
+        if kind == "one" and below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(faults.pick.choice(below), signal.SIGKILL)
             began = time.monotonic()
             _, errors = faults.finish(process, 30)
             if process.returncode:
-                line = errors.replace("\r", "\n").strip().splitlines()[-1]
-                faults.expect(line.startswith("prepare.py: ") and "Traceback" not in errors,
-                              f"a worker killed while {stage}: {errors[-800:]}")
-                faults.expect(time.monotonic() - began < 20, f"a worker killed while {stage}: took long to end")
-                faults.expect(not (out / ".prepare").exists(), f"a worker killed while {stage}: .prepare is left")
-            kind = "one process"
+                when = f"a process killed while {stage}"
+                faults.last_line(errors, when)
+                faults.expect(time.monotonic() - began < 20, f"{when}: took long to end")
+                faults.expect(not (out / ".prepare").exists(), f"{when}: .prepare is left")
         else:
+            kind = "all"
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            kind = "all processes"
-        faults.tried[f"prepare.py, SIGKILL to {kind} while {stage}"] += 1
+        faults.tried[f"prepare.py, SIGKILL to {kind} of its processes, {stage}"] += 1
         found = {name: (out / f"{name}.bin").read_bytes() for name in ("train", "val") if (out / f"{name}.bin").exists()}
         whole = [name for name in wanted if all(
             found[split] == wanted[name][split == "val"] for split in found)]
@@ -170,9 +196,7 @@ def fill_disk(faults, count):
     """A disk that is too small from the start, or that something else fills up while prepare.py runs."""
     source = faults.folder / "new.parquet"
     wanted = oracle(nasty_rows(3000, seed=1), test_size=0.1)
-    for i in range(count):
-        if time.monotonic() > faults.end:
-            break
+    for i in faults.tries(count):
         disk, cache = faults.folder / "disk", i % 4 == 3  # every fourth time it is the cache's disk
         size = faults.pick.choice([1 << 20, 3 << 20]) if i % 2 else 32 << 20
         with small_disk(disk, size) as mounted:
@@ -200,11 +224,10 @@ def fill_disk(faults, count):
                 stage = "start"
             _, errors = faults.finish(process)
             faults.environment = environment
-            faults.tried[f"prepare.py, the disk of {'the cache' if cache else 'out_dir'} full at: {stage}"] += 1
-            line = errors.replace("\r", "\n").strip().splitlines()[-1]
+            faults.tried[f"prepare.py, a full disk of {'the cache' if cache else 'out_dir'}, {stage}"] += 1
             if process.returncode:
-                faults.expect(process.returncode == 1 and line.startswith("prepare.py: ") and "Traceback" not in errors,
-                              f"disk full at {stage}: ended with {process.returncode}: {errors[-800:]}")
+                faults.last_line(errors, f"disk full at {stage}")
+                faults.expect(process.returncode == 1, f"disk full at {stage}: ended with {process.returncode}")
                 faults.expect(cache or bins(out) == wanted, f"disk full at {stage}: what stood before is harmed")
             faults.expect(not (out / ".prepare").exists(), f"disk full at {stage}: .prepare is left")
             shutil.rmtree(out, ignore_errors=True)
@@ -222,23 +245,19 @@ def kill_train(faults, count):
              "--log_interval=5", "--dropout=0.1", "--device=cpu", "--max_iters=12")
     length = faults.run(TRAIN, *flags, f"--out_dir={faults.folder / 'whole'}")
     wanted = torch.load(faults.folder / "whole" / "ckpt.pt", weights_only=True)["model"]
-    for i in range(count):
-        if time.monotonic() > faults.end:
-            break
+    for i in faults.tries(count):
         out, resume = faults.folder / "train", []
-        slow = i % 3 == 0
-        process = faults.start(TRAIN, *flags, f"--out_dir={out}", slow=slow)
-        if slow:
-            deadline = time.monotonic() + 60
-            while not (out / "ckpt.pt.new").exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(faults.pick.uniform(0, 1.5))
+        saving = i % 2 == 0
+        process = faults.start(TRAIN, *flags, f"--out_dir={out}", slow=saving)
+        if saving:
+            wait_for((out / "ckpt.pt.new").exists, process)
+            time.sleep(faults.pick.uniform(0, 0.3))
         else:
             time.sleep(faults.pick.uniform(1.5, length))
         saving = (out / "ckpt.pt.new").exists()
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        faults.tried[f"train.py, SIGKILL {'while saving' if saving else 'otherwise'}"] += 1
+        faults.tried[f"train.py, SIGKILL {'while it saves' if saving else 'otherwise'}"] += 1
         if (out / "ckpt.pt").exists():
             resume = ["--init_from=resume"]
             reached = torch.load(out / "ckpt.pt", weights_only=True)["iter_num"]
@@ -252,13 +271,19 @@ def kill_train(faults, count):
 
 
 def fuzz(faults, count, seed):
-    """`count` rows made to break a tokenizer, against the oracle, byte for byte."""
-    rows = nasty_rows(count, seed)
-    pq.write_table(pa.table({"text": rows}), faults.folder / "fuzz.parquet")
-    faults.run(SCRIPT, f"--source={faults.folder / 'fuzz.parquet'}", f"--out_dir={faults.folder / 'fuzz'}",
-               "--test_size=0.2", f"--seed={seed}")
-    faults.expect(bins(faults.folder / "fuzz") == oracle(rows, test_size=0.2, seed=seed), "fuzz: bytes differ")
-    faults.tried["rows against the oracle"] += count
+    """`count` rows made to break a tokenizer, against the oracle, byte for byte; then a row of 100 MB between two others."""
+    long = "".join(nasty_rows(40_000, seed))
+    long *= 10 ** 8 // len(long.encode()) + 1
+    ids = gpt2().encode_to_numpy(long, disallowed_special=()).astype("<u2")  # a list of them would take 2 GB
+    for name, rows, options, wanted in (
+            ("rows made to break a tokenizer", nasty_rows(count, seed), {"test_size": 0.2, "seed": seed}, None),
+            ("a row of 100 MB", ["first", long, "last"], {"test_size": 0.3, "shuffle": False},
+             (row_bytes("first") + np.append(ids, np.uint16(50256)).tobytes(), row_bytes("last")))):
+        pq.write_table(pa.table({"text": rows}), faults.folder / "fuzz.parquet")
+        faults.run(SCRIPT, f"--source={faults.folder / 'fuzz.parquet'}", f"--out_dir={faults.folder / 'fuzz'}",
+                   "--overwrite=True", *(f"--{key}={value}" for key, value in options.items()))
+        faults.expect(bins(faults.folder / "fuzz") == (wanted or oracle(rows, **options)), f"{name}: bytes differ")
+        faults.tried[f"{name}, against the oracle"] += count if not wanted else 1
 
 
 def main():
@@ -266,14 +291,15 @@ def main():
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 31))
     parser.add_argument("--count", type=int, default=60, help="kills of prepare.py")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the fuzz run")
-    parser.add_argument("--minutes", type=float, default=20, help="start no new try after that")
+    parser.add_argument("--minutes", type=float, default=20, help="that the tries may take, the rows at the end not counted")
     flags = parser.parse_args()
     print(f"seed {flags.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        faults = Faults(flags, pathlib.Path(folder))
-        kill_prepare(faults, flags.count)
-        fill_disk(faults, flags.count // 5)
-        kill_train(faults, flags.count // 3)
+        faults, began = Faults(flags, pathlib.Path(folder)), time.monotonic()
+        for share, attempt, count in (0.6, kill_prepare, flags.count), (0.7, fill_disk, flags.count // 5), \
+                (0.95, kill_train, flags.count // 3):
+            faults.end = began + 60 * flags.minutes * share
+            attempt(faults, count)
         fuzz(faults, flags.rows, flags.seed)
     print(f"\n| tried (seed {flags.seed}) | times |\n| --- | ---: |")
     for what, times in sorted(faults.tried.items()):
