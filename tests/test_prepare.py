@@ -197,6 +197,30 @@ def test_the_hub(prepare, tmp_path, hf_home):
         assert ended.returncode == 1 and "'no/such' doesn't exist on the Hub" in ended.stderr
 
 
+def test_statistics_of_the_real_corpus_go_into_the_readme(prepare, tmp_path):
+    """Between its markers, with nothing else of it touched; those of other sources and folders do not."""
+    folder = shutil.copytree(SCRIPT.parent, tmp_path / "data" / "bookcorpus", ignore=shutil.ignore_patterns("*.bin"))
+    readme, script = folder / "readme.md", folder / "prepare.py"
+    before = readme.read_text(encoding="utf-8")
+    prepare(f"--source={SAMPLE}", f"--out_dir={folder}", script=script)
+    assert readme.read_text(encoding="utf-8") == before and "Nobody has run" in before
+    body = parquet(tmp_path / "rows", SENTENCES).read_bytes()
+    with serve("SamuelYang/bookcorpus", {"data/train-00000-of-00001.parquet": body}) as hub:
+        hub_of = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "script": script}
+        prepare(f"--out_dir={tmp_path / 'other'}", **hub_of)
+        assert readme.read_text(encoding="utf-8") == before
+        for out in [], [f"--out_dir={folder / '..' / 'bookcorpus'}"]:
+            ended = prepare("--overwrite=True", *out, **hub_of)
+            assert ended.returncode == 0, ended.stderr
+            block = ended.stdout[:ended.stdout.index("\n- first row: ") + 1]
+            assert "| rows " in block and "- time: " in block
+            head, tail = "<!-- statistics -->\n", "<!-- end of statistics -->"
+            assert readme.read_text(encoding="utf-8") == (
+                before[:before.index(head) + len(head)] + block + before[before.index(tail):])
+    assert {path.name for path in folder.iterdir()} >= {"train.bin", "val.bin", "stats.json"}
+    assert not list(folder.glob("*.new"))
+
+
 def test_no_hub(refused, tmp_path):
     line = refused(f"--out_dir={tmp_path}", HF_HOME=str(tmp_path / "hf"))
     assert "the Hub" in line and "--source=PATH" in line and "sample.txt" in line

@@ -448,11 +448,11 @@ def write(split, path, pool):
             counts += counted
             bar.update(shard.nbytes)
     out.flush()
-    median, high = np.percentile(lengths, [50, 99], method="nearest")
+    median, high = pc.quantile(pa.array(lengths), [0.5, 0.99], interpolation="nearest").to_pylist()
     return {"rows": len(split), "tokens": len(out), "bytes": out.nbytes, "sha256": digest.hexdigest(),
             "different_tokens": int(np.count_nonzero(counts)),
-            "tokens_a_row": {"mean": round(len(out) / len(split), 2), "median": int(median),
-                             "99th percentile": int(high), "longest": int(lengths.max())}}
+            "tokens_a_row": {"mean": round(len(out) / len(split), 2), "median": median, "99th percentile": high,
+                             "longest": int(lengths.max())}}
 
 
 def row_numbers(split, step):
@@ -670,7 +670,7 @@ def main():
     try:
         with workplace(flags.out_dir) as work:
             stats = prepare(flags, work)
-        if flags.source == BOOKCORPUS and flags.out_dir == HERE:
+        if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
             update_readme(summary(stats))
     except BaseException as error:
         if stopped:  # which datasets may have turned into an error of its own
