@@ -299,7 +299,8 @@ def main():
         for share, attempt, count in (0.6, kill_prepare, flags.count), (0.7, fill_disk, flags.count // 5), \
                 (0.95, kill_train, flags.count // 3):
             faults.end = began + 60 * flags.minutes * share
-            attempt(faults, count)
+            if count:
+                attempt(faults, count)
         fuzz(faults, flags.rows, flags.seed)
     print(f"\n| tried (seed {flags.seed}) | times |\n| --- | ---: |")
     for what, times in sorted(faults.tried.items()):

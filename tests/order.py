@@ -14,6 +14,7 @@ does when it stops at that merge; with 50256 nothing changes.
 """
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -39,13 +40,18 @@ SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 96, "block_size": 512, "batch_size
          "learning_rate": 3e-3, "min_lr": 3e-4, "warmup_iters": 100, "eval_iters": 10, "log_interval": 10}
 
 
-def spelled(ids, size):
-    """`ids`, uint16 of GPT-2's, with those from `size` on written in smaller ones; `size` itself ends a row."""
+@functools.cache
+def spelling(size):
+    """For each of GPT-2's ids the list of those below `size` that spell it, which is its own below it; `size` ends a row."""
     small = tiktoken.Encoding("small", pat_str=gpt2()._pat_str, special_tokens={},
                               mergeable_ranks={token: id for token, id in gpt2()._mergeable_ranks.items() if id < size})
-    spelling = [small._encode_single_piece(gpt2().decode_single_token_bytes(id)) for id in range(50256)] + [[size]]
-    lengths = np.array([len(word) for word in spelling])
-    letters, firsts = np.concatenate(spelling).astype("<u2"), np.cumsum(lengths) - lengths
+    return [small._encode_single_piece(gpt2().decode_single_token_bytes(id)) for id in range(50256)] + [[size]]
+
+
+def spelled(ids, size):
+    """`ids`, uint16, with those from `size` on spelled, as uint16."""
+    lengths = np.array([len(word) for word in spelling(size)])
+    letters, firsts = np.concatenate(spelling(size)).astype("<u2"), np.cumsum(lengths) - lengths
     lengths, firsts = lengths[ids], firsts[ids]
     return letters[np.repeat(firsts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())]
 
