@@ -35,9 +35,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 from train import GPT, GPTConfig, read_checkpoint
 
+ORDERS = ("shuffled", "in order")
 CUDA = torch.cuda.is_available()
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 96, "block_size": 512, "batch_size": 8, "gradient_accumulation_steps": 1,
-         "learning_rate": 3e-3, "min_lr": 3e-4, "warmup_iters": 100, "eval_iters": 10, "log_interval": 10}
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 96, "block_size": 512, "batch_size": 32, "gradient_accumulation_steps": 1,
+         "learning_rate": 3e-3, "min_lr": 3e-4, "warmup_iters": 50, "eval_iters": 4, "log_interval": 10}
 
 
 @functools.cache
@@ -109,30 +110,37 @@ def measure(checkpoint, held_out, end, lengths):
     return means, places
 
 
-def spread(values, form="{:.3f}"):
-    """The mean of `values` and how far the farthest is from it."""
-    mean = np.mean(values)
-    return f"{form.format(mean)} ± {form.format(np.abs(values - mean).max())}"
+def spread(values):
+    """The mean of `values`, one of each seed, and how far the farthest is from it."""
+    return f"{np.mean(values):.3f} ± {np.abs(values - np.mean(values)).max():.3f}"
 
 
-def draw(path, curves, places):
+def table(label, of, parts):
+    """Print as Markdown, for each (name, pick) of `parts`, pick(result) of the results in `of` over the seeds."""
+    print(f"\n| {label} | trained shuffled | trained in order | gain from order |\n| --- | ---: | ---: | ---: |")
+    for name, pick in parts:
+        a, b = (np.array([pick(result) for result in of[order]]) for order in ORDERS)
+        print(f"| {name} | {spread(a)} | {spread(b)} | {spread(a - b)} |")
+
+
+def draw(path, of):
     """Loss on the held-out books by tokens seen, and by place in the context, to the picture `path`."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for order, colour in ("shuffled", "C1"), ("in order", "C0"):
-        for i, curve in enumerate(curves[order]):
-            left.plot(*zip(*curve), colour, label=order if i == 0 else None, alpha=0.8)
-        for i, by_place in enumerate(places[order]):
-            edges = np.unique(np.geomspace(1, len(by_place) + 1, 17).astype(int))
-            means = [by_place[low - 1:high - 1].mean() for low, high in zip(edges, edges[1:])]
-            right.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, colour, label=order if i == 0 else None, alpha=0.8)
-    left.set(xlabel="tokens seen in training", ylabel="loss on held-out books, nats a token")
+    for order, colour in zip(ORDERS, ("C1", "C0")):
+        for i, result in enumerate(of[order]):
+            style = {"color": colour, "label": order if i == 0 else None, "alpha": 0.8}
+            left.plot(*zip(*result["curve"][1:]), **style)
+            edges = np.unique(np.geomspace(1, len(result["places"]) + 1, 17).astype(int))
+            means = [result["places"][low - 1:high - 1].mean() for low, high in zip(edges, edges[1:])]
+            right.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, **style)
+    left.set(xlabel="tokens seen in training", ylabel="loss on held-out books in order, nats a token")
     right.set(xlabel="place in the context, tokens", xscale="log")
     left.legend(title="trained")
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def main():
@@ -140,65 +148,62 @@ def main():
     parser.add_argument("--source", required=True, help="books in order, a sentence a row, as prepare.py takes them")
     parser.add_argument("--test_size", default=0.02, help="share of the rows that is held out at the tail")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--iters", type=int, default=2000)
+    parser.add_argument("--iters", type=int, default=500)
     parser.add_argument("--vocabulary", type=int, default=4096, help="of GPT-2's ids, how many are kept")
     parser.add_argument("--jobs", type=int, default=1 if CUDA else 2, help="runs side by side")
     parser.add_argument("--picture", type=pathlib.Path, default=ROOT / "data" / "bookcorpus" / "order.png")
     flags, others = parser.parse_known_args()
-    began = time.monotonic()
     shape = {**SHAPE, "max_iters": flags.iters, "lr_decay_iters": flags.iters, "eval_interval": max(1, flags.iters // 10)}
     shape |= dict(word.removeprefix("--").split("=", 1) for word in others)
-    width = int(shape["block_size"])
-    step = int(shape["batch_size"]) * int(shape["gradient_accumulation_steps"]) * width
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // flags.jobs))}
-    torch.set_num_threads(int(threads["OMP_NUM_THREADS"]))
-    lengths = [width >> shift for shift in (6, 4, 2, 0) if width >> shift]
-    end = flags.vocabulary
+    width, end, began = int(shape["block_size"]), flags.vocabulary, time.monotonic()
+    step = int(shape["batch_size"]) * int(shape["gradient_accumulation_steps"]) * width  # tokens of an iteration
+    threads = max(1, os.cpu_count() // flags.jobs)
+    torch.set_num_threads(threads)
+
+    def run(order, seed):
+        """Train and measure: the mean losses, those by place in the context, and the curve, as a dict."""
+        data, out = work / f"{order} {seed}", work / f"out {order} {seed}"
+        data.mkdir()
+        (shuffled(head, end, seed) if order == "shuffled" else head).tofile(data / "train.bin")
+        held_out.tofile(data / "val.bin")
+        (data / "meta.pkl").write_bytes(meta)
+        command = [sys.executable, "-u", str(TRAIN), f"--dataset={data}", f"--out_dir={out}", f"--seed={seed}",
+                   *(f"--{name}={value}" for name, value in shape.items())]
+        with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, text=True,
+                              stdout=subprocess.PIPE) as process:
+            for line in process.stdout:
+                bar.update(int(shape["log_interval"]) * line.startswith("iter "))
+        if process.returncode:
+            raise SystemExit(f"train.py ended with {process.returncode}")
+        records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        curve = [(record["iter"] * step, record["val_loss"]) for record in records if "val_loss" in record]
+        means, places = measure(out / "ckpt.pt", held_out, end, [width >> shift for shift in (6, 4, 2, 0)])
+        return {"means": means, "places": places, "curve": curve}
+
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
         subprocess.run([sys.executable, SCRIPT, f"--source={flags.source}", f"--out_dir={work}", "--shuffle=False",
                         f"--test_size={flags.test_size}"], check=True, stdout=subprocess.DEVNULL)
         head, held_out = (spelled(np.fromfile(work / f"{name}.bin", "<u2"), end) for name in ("train", "val"))
         names = [gpt2().decode([id]) for id in range(end)] + ["\n"]
-        meta = {"vocab_size": -(-len(names) // 64) * 64, "stoi": {}, "itos": names}
-
-        def run(order, seed):
-            """(mean losses, losses by place, curve) of a run of train.py."""
-            data, out = work / f"{order} {seed}", work / f"out {order} {seed}"
-            data.mkdir()
-            (shuffled(head, end, seed) if order == "shuffled" else head).tofile(data / "train.bin")
-            held_out.tofile(data / "val.bin")
-            (data / "meta.pkl").write_bytes(pickle.dumps(meta))
-            command = [sys.executable, "-u", str(TRAIN), f"--dataset={data}", f"--out_dir={out}", f"--seed={seed}",
-                       *(f"--{name}={value}" for name, value in shape.items())]
-            with subprocess.Popen(command, env=os.environ | threads, text=True, stdout=subprocess.PIPE) as process:
-                for line in process.stdout:
-                    bar.update(int(shape["log_interval"]) * line.startswith("iter "))
-            if process.returncode:
-                raise SystemExit(f"train.py ended with {process.returncode}")
-            records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-            curve = [(record["iter"] * step, record["val_loss"]) for record in records if "val_loss" in record]
-            return *measure(out / "ckpt.pt", held_out, end, lengths), curve
-
-        jobs = [(order, seed) for seed in range(1, flags.seeds + 1) for order in ("shuffled", "in order")]
+        meta = pickle.dumps({"vocab_size": -(-len(names) // 64) * 64, "stoi": {}, "itos": names})
+        jobs = [(order, seed) for seed in range(1, flags.seeds + 1) for order in ORDERS]
         with tqdm(total=len(jobs) * (flags.iters + 1), unit="iter", desc="Training") as bar, \
                 concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
-            done = list(zip(jobs, pool.map(lambda job: run(*job), jobs)))
-    of = {order: [result for (name, _), result in done if name == order] for order in ("shuffled", "in order")}
-    draw(flags.picture, *({order: [result[part] for result in of[order]] for order in of} for part in (2, 1)))
-
+            results = list(pool.map(lambda job: run(*job), jobs))
+    of = {order: results[i::len(ORDERS)] for i, order in enumerate(ORDERS)}
+    draw(flags.picture, of)
     print(f"{flags.seeds} seeds, {flags.iters * step:,} tokens seen by each, {len(head):,} in the head, {len(held_out):,}"
           f" held out; {shape['n_layer']} layers of {shape['n_embd']}, {end:,} of GPT-2's ids;"
-          f" {(time.monotonic() - began) / 60:.0f} min\n\n| held-out books, read | trained shuffled | trained in order |"
-          " gain from order |\n| --- | ---: | ---: | ---: |")
-    for name in of["shuffled"][0][0]:
-        a, b = (np.array([means[name] for means, *_ in of[order]]) for order in of)
-        print(f"| {name} | {spread(a)} | {spread(b)} | {spread(a - b)} |")
-    print("\n| place in the context | trained shuffled | trained in order | gain from order |\n| --- | ---: | ---: | ---: |")
-    edges = np.unique([1, *(width >> shift for shift in (6, 5, 4, 3, 2, 1, 0))])
-    for low, high in zip(edges, edges[1:]):
-        a, b = (np.array([places[low - (low == 1):high].mean() for _, places, _ in of[order]]) for order in of)
-        print(f"| {low + (low > 1)} to {high} | {spread(a)} | {spread(b)} | {spread(a - b)} |")
+          f" {(time.monotonic() - began) / 60:.0f} min")
+    table("held-out books, read", of, [(name, lambda result, name=name: result["means"][name])
+                                       for name in results[0]["means"]])
+    table("tokens seen", of, [(f"{seen:,}", lambda result, i=i: result["curve"][i][1])
+                              for i, (seen, _) in enumerate(results[0]["curve"]) if i])
+    edges = np.unique([0] + [width >> shift for shift in range(7)])
+    table("place in the context", of, [
+        (f"{low + 1} to {high}", lambda result, part=slice(low, high): result["places"][part].mean())
+        for low, high in zip(edges, edges[1:])])
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_body_that_is_not_the_one_announced(from_hub, body, tmp_path):
 
 
 @pytest.mark.parametrize("status, code, message", [
-    (401, "GatedRepo", "gated"), (403, "", "403"), (404, "RepoNotFound", "doesn't exist")])
+    (401, "GatedRepo", "gated"), (401, "", "401"), (403, "", "403"), (404, "RepoNotFound", "doesn't exist")])
 def test_hub_that_refuses(from_hub, body, status, code, message):
     def fault(method, path, handler):
         handler.send("{}", status, **({"X_Error_Code": code} if code else {}))
