@@ -34,9 +34,8 @@ sys.path.insert(0, sys.argv.pop(1))
 import prepare
 prepare.gpt2()  # which checks hashes
 prepare.hashlib = types.SimpleNamespace(sha256=lambda: types.SimpleNamespace(update=id, hexdigest=str))
-prepare.np.bincount = lambda *ids, **options: 0
+prepare.LOOKED_AT = -1  # so that the loop over ids is empty
 prepare.pc.quantile = lambda *values, **options: prepare.pa.array([0, 0])
-prepare.np.count_nonzero = lambda counts: 0
 prepare.share_in_train = lambda *splits: 0
 prepare.pc.sum = lambda *numbers: prepare.pa.scalar(0)
 prepare.main()
@@ -188,8 +187,10 @@ def main():
             with tempfile.TemporaryDirectory(dir=flags.tmp) as other:
                 bare, whole = (whole_job(script, arguments, pathlib.Path(other, name))[0] for name, script in (
                     ("bare", ["-c", BARE, str(SCRIPT.parent)]), ("whole", [SCRIPT])))
-            bare, whole = (sum(seconds for seconds, _ in stages.values()) for stages in (bare, whole))
-            print(f"statistics: {whole:.1f} s with them, {bare:.1f} s without: {whole / bare - 1:+.1%}", flush=True)
+            cost = whole["write"][0] - bare["write"][0]
+            seconds = sum(stage[0] for stage in whole.values())
+            print(f"statistics: writing, the stage that has them, takes {whole['write'][0]:.1f} s with them and"
+                  f" {bare['write'][0]:.1f} s without: {cost / seconds:+.1%} of the whole job's {seconds:.1f} s", flush=True)
         stages, peak_disk = whole_job([SCRIPT], arguments, work)
         stats = json.loads((work / "out" / "stats.json").read_text())
         seconds = sum(stage[0] for stage in stages.values())
