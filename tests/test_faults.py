@@ -245,6 +245,28 @@ def test_pools_of_workers_that_have_hardly_begun_end():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_a_worker_that_dies_with_a_lock(command, tmp_path):
+    """One that has done its part waits for more with the lock of the pool's queue; another is still at work."""
+    source = parquet(tmp_path / "rows.parquet", ["short"] * 3000 + [f"{i} " * 20_000 for i in range(3000)])
+    arguments, environment = command(f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2")
+    process = subprocess.Popen(arguments, env=environment, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for((tmp_path / "out" / ".prepare" / "tokens_00000_of_00002.arrow").exists, process)
+    time.sleep(0.3)
+    children = sorted(map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    idle = [pid for pid in children[:2] if pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "S"]
+    os.kill(idle[0], signal.SIGKILL)  # the third is the process that the workers report to
+    began = time.monotonic()
+    try:
+        output, errors = process.communicate(timeout=40)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert time.monotonic() - began < 20 and "was killed" in error_line(subprocess.CompletedProcess(
+        arguments, process.returncode, output, errors))
+    assert not (tmp_path / "out" / ".prepare").exists()
+
+
 @pytest.mark.parametrize("row", ["a" * 20_000_000, " " * 20_000_000, "ab " * 7_000_000, "\u4e2d" * 6_000_000],
                          ids=["letters", "spaces", "words", "ideographs"])
 def test_a_row_of_twenty_megabytes(prepare, tmp_path, row):

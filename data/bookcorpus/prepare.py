@@ -32,6 +32,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -61,12 +62,27 @@ def handle_signals(handler):
                             after_in_child=let_signals_end)
 
 
+def watch_workers(killed):
+    """Where a worker process is killed, put its name into `killed`, a list, and end this one with SIGTERM 5 s later.
+
+    A worker may die with a lock of its pool in its hands. The pool then waits for that lock, and the run for the pool.
+    """
+    seen = set()
+    while not killed:
+        time.sleep(0.5)
+        seen.update(process for process in multiprocess.active_children() if "PoolWorker" in process.name)
+        killed += [process.name for process in seen if process.exitcode == -getattr(signal, "SIGKILL", 9)]
+    time.sleep(5)  # mostly datasets has noticed it by then
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+
 if __name__ == "__mp_main__":  # spawned
     let_signals_end()
 
 import datasets
 import filelock
 import huggingface_hub
+import multiprocess
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -657,7 +673,7 @@ def update_readme(block):
 
 def main():
     flags = parse_flags(sys.argv[1:])
-    stopped = []
+    stopped, killed = [], []
 
     def stop(signum, frame):
         if not stopped:  # clearing away is not to be stopped
@@ -665,6 +681,8 @@ def main():
             raise SystemExit(stopped[0])
 
     handle_signals(stop)
+    if hasattr(signal, "pthread_kill"):
+        threading.Thread(target=watch_workers, args=(killed,), daemon=True).start()
     for library in datasets, huggingface_hub:
         library.logging.set_verbosity(logging.CRITICAL)  # what matters of it comes in our own error line
     gpt2()  # fails early, and forked workers find it loaded
@@ -674,6 +692,8 @@ def main():
         if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
             update_readme(summary(stats))
     except BaseException as error:
+        if stopped and killed:
+            fail(f"--source={flags.source}: {KILLED}")
         if stopped:  # which datasets may have turned into an error of its own
             raise SystemExit(stopped[0]) from None
         if isinstance(error, OSError):
