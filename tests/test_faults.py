@@ -121,13 +121,24 @@ def test_hub_that_is_not_there(from_hub, tmp_path):
     assert time.monotonic() - began < 60 and "--source=PATH" in line and "sample.txt" in line
 
 
+NO_ROOM = """
+import collections, shutil
+shutil.disk_usage = lambda path: collections.namedtuple("usage", "total used free")(10 ** 9, 10 ** 9, 5000)
+"""
+
+
 def test_disk_without_room(prepare, refused, tmp_path):
     assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}").returncode == 0
     before = bins(tmp_path)
-    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", before=(
-        "import collections, shutil\n"
-        "shutil.disk_usage = lambda path: collections.namedtuple('usage', 'total used free')(10 ** 9, 10 ** 9, 5000)"))
+    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", before=NO_ROOM)
     assert "0.00 GB will be needed" in line and "0.00 GB are free" in line and bins(tmp_path) == before
+
+
+def test_disk_without_room_for_the_download(from_hub, body):
+    with serve(NAME, {FILE: body}) as hub:
+        ended = from_hub(hub, before=NO_ROOM)
+        assert not any(path.endswith(FILE) for method, path, _ in hub.log if method == "GET")
+    assert "GB will be needed" in error_line(ended) and "0.00 GB are free" in error_line(ended)
 
 
 def test_disk_that_fills_up(prepare, tmp_path):

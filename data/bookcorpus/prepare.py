@@ -199,18 +199,14 @@ def builder_of(path):
 
 def load(source, files, out_dir, num_proc):
     """The datasets.Dataset of `source`, whose local `files` are known or None, with `text`, n strings, none null."""
+    where = dict(path=source)
+    if files:  # names are patterns to datasets
+        where = dict(path=builder_of(pathlib.Path(files[0])), data_files=[glob.escape(file) for file in files])
     try:
-        if files:
-            # names are patterns to datasets
-            where = dict(path=builder_of(pathlib.Path(files[0])), data_files=[glob.escape(file) for file in files])
-            cache = pathlib.Path(datasets.load_dataset_builder(**where).cache_dir)
-            size = sum(map(arrow_bytes, files))
-            # the files to be written and what stands beside them meanwhile took 1.13 times BookCorpus's text
-            require_space([(out_dir, 1.2 * size)] + [(cache, size)] * (not cache.exists()))
-        else:
-            where = dict(path=source)
         for pause in 1, 2, 4, 8, 16:
             try:
+                builder = datasets.load_dataset_builder(**where)
+                require_space(space_to_load(builder, files, out_dir))
                 # larger record batches than the default of 1,000 rows: 17 s in place of 27 at full size
                 rows = datasets.load_dataset(**where, split="train", num_proc=num_proc, writer_batch_size=100_000)
                 break
@@ -232,6 +228,22 @@ def load(source, files, out_dir, num_proc):
             fail(f"--source={source}: row {first + chunk.is_null().index(True).as_py():,} (counted from 0) is null")
         first += len(chunk)
     return rows.select_columns("text").with_format("arrow")
+
+
+def space_to_load(builder, files, out_dir):
+    """What preparing the local `files`, or those of the Hub where that is None, will take: a list of (folder, bytes)."""
+    cache, fetched = pathlib.Path(builder.cache_dir), 0
+    if files:
+        size = sum(map(arrow_bytes, files))
+    elif cache.exists():
+        size = builder.info.dataset_size or 0
+    else:
+        hub = huggingface_hub.HfFileSystem()
+        fetched = sum(hub.info(url)["size"] for url in (builder.config.data_files or {}).get("train", []))
+        size = 1.8 * fetched  # as text of BookCorpus's kind in Parquet
+    # the files to be written and what stands beside them meanwhile took 1.13 times BookCorpus's text
+    return [(out_dir, 1.2 * size), (pathlib.Path(huggingface_hub.constants.HF_HUB_CACHE), fetched)] + [
+        (cache, size)] * (not cache.exists())
 
 
 def arrow_bytes(file):
