@@ -64,7 +64,7 @@ def test_the_experiment_on_order(program, tmp_path):
                       "--block_size=64", "--n_layer=1", "--n_embd=16", "--warmup_iters=1",
                       f"--picture={tmp_path / 'order.png'}")
     lines = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ") and "±" in line]
-    assert len(lines) == 14 and "alone, a sentence at a time" in lines[4][0]
+    assert len(lines) == 5 + 4 + 7 and "alone, a sentence at a time" in lines[4][0]  # readings, evaluations, places
     for _, *cells in lines:
         shuffled, ordered, gain = (float(re.match(r" *(-?[\d.]+) ±", cell)[1]) for cell in cells)
         assert 0 < ordered < np.log(300) + 0.5 and shuffled - ordered == pytest.approx(gain, abs=0.002)
