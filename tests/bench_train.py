@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
 import torch
 from conftest import SAMPLE, TRAIN, row_bytes
 

@@ -1,7 +1,7 @@
 """What it costs to shuffle sentences: one small GPT, trained on the same books shuffled and in order.
 
-    python tests/order.py --source=NOVELS.parquet                              # two CPU cores: under an hour
-    python tests/order.py --source=NOVELS.parquet --vocabulary=50256 --n_layer=12 --n_embd=768 --block_size=1024  # a GPU
+    python tests/order.py --source=NOVELS.parquet  # two CPU cores: under an hour; larger, for a GPU:
+    python tests/order.py --source=NOVELS.parquet --vocabulary=50256 --n_layer=12 --n_head=12 --n_embd=768 --iters=5000
 
 prepare.py makes tokens of `--source` with --shuffle=False: train.bin is its head, val.bin the books at its tail. For each
 of `--seeds` train.py then learns twice, with the same flags, for the same number of tokens: from that train.bin, and from
@@ -19,7 +19,6 @@ import json
 import os
 import pathlib
 import pickle
-import re
 import subprocess
 import sys
 import tempfile

@@ -3,11 +3,10 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE
+from conftest import ROOT
 from hub import serve
 from test_prepare import SENTENCES, parquet
 from test_train import SMALL, letters  # noqa: F401

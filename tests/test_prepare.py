@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import ROOT, SAMPLE, SCRIPT, bins, nasty_rows, oracle, row_bytes, wait_for, write_jsonl
+from conftest import SAMPLE, SCRIPT, bins, nasty_rows, oracle, row_bytes, wait_for, write_jsonl
 from hub import serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
