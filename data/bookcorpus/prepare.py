@@ -63,17 +63,19 @@ def handle_signals(handler):
 
 
 def watch_workers(killed):
-    """Where a worker process is killed, put its name into `killed`, a list, and end this one with SIGTERM 5 s later.
+    """Where a worker process is killed, put its name into `killed`, a list, and send this one SIGTERM every 5 s from then on.
 
-    A worker may die with a lock of its pool in its hands. The pool then waits for that lock, and the run for the pool.
+    A worker may die with a lock of its pool in its hands. The pool then waits for that lock, and the run for the pool,
+    before the first signal or, when that has made it leave the pool, after it.
     """
     seen = set()
     while not killed:
         time.sleep(0.5)
         seen.update(process for process in multiprocess.active_children() if "PoolWorker" in process.name)
-        killed += [process.name for process in seen if process.exitcode == -getattr(signal, "SIGKILL", 9)]
-    time.sleep(5)  # mostly datasets has noticed it by then
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        killed += [process.name for process in seen if process.exitcode == -signal.SIGKILL]
+    while True:
+        time.sleep(5)  # mostly datasets has noticed it by then
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
 if __name__ == "__mp_main__":  # spawned
@@ -688,12 +690,12 @@ def main():
     stopped, killed = [], []
 
     def stop(signum, frame):
-        if not stopped:  # clearing away is not to be stopped
+        if killed or not stopped:  # clearing away is not to be stopped, but where it waits for the dead
             stopped.append(128 + signum)
             raise SystemExit(stopped[0])
 
     handle_signals(stop)
-    if hasattr(signal, "pthread_kill"):
+    if hasattr(signal, "SIGKILL"):  # not on Windows
         threading.Thread(target=watch_workers, args=(killed,), daemon=True).start()
     for library in datasets, huggingface_hub:
         library.logging.set_verbosity(logging.CRITICAL)  # what matters of it comes in our own error line
