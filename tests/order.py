@@ -96,17 +96,13 @@ def measure(checkpoint, held_out, end, lengths):
     rows = np.split(held_out, np.flatnonzero(held_out[:-1] == end) + 1)
     rows = [np.append(np.uint16(end), row) for row in rows]
     width = model.config.block_size
-    readings = {f"in order, {length} tokens of context": windows(held_out, length) for length in lengths}
-    readings["alone, a sentence at a time"] = [window for row in rows for window in windows(row, width)]
-    means = {}
-    for name, sequences in readings.items():
-        found = losses(model, sequences, device)
-        if name.startswith(f"in order, {width} "):
-            places = np.mean([every for every in found if len(every) == width], axis=0)
-        if name.startswith("alone"):
-            found[0] = found[0][1:]  # the very first token has nothing before it in the other readings
-        means[name] = float(np.concatenate(found).mean())
-    return means, places
+    readings = {f"in order, {length} tokens of context": losses(model, windows(held_out, length), device)
+                for length in lengths}
+    places = np.mean([every for every in readings[f"in order, {width} tokens of context"] if len(every) == width], axis=0)
+    alone = losses(model, [window for row in rows for window in windows(row, width)], device)
+    alone[0] = alone[0][1:]  # the very first token has nothing before it in the other readings
+    readings["alone, a sentence at a time"] = alone
+    return {name: float(np.concatenate(found).mean()) for name, found in readings.items()}, places
 
 
 def spread(values):
