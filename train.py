@@ -34,6 +34,7 @@ import tiktoken
 import tiktoken.load
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later it would hold the process group, whose threads then outlive Python and abort
 import torch.nn as nn
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn import functional as F

@@ -278,9 +278,9 @@ def torchrun(command, letters, tmp_path):
     """torchrun(*flags) starts such a run in two processes and returns the Popen of torchrun."""
     started = []
 
-    def run(*flags):
+    def run(*flags, **environment):
         arguments, environment = command(f"--dataset={letters}", f"--out_dir={tmp_path / 'two'}", *SMALL, *flags,
-                                         script=TRAIN)
+                                         script=TRAIN, **environment)
         arguments[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         started.append(subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE))
@@ -292,11 +292,17 @@ def torchrun(command, letters, tmp_path):
         process.communicate()
 
 
-def test_two_processes_are_one(torchrun, train):
+def test_two_processes_are_one(torchrun, train, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, glob, os\n"
+        "atexit.register(lambda: 'RANK' in os.environ and print('threads at the end:', *sorted(\n"
+        "    open(name).read().strip() for name in glob.glob('/proc/self/task/*/comm'))))\n")
     flags = "--max_iters=20", "--eval_interval=10", "--eval_iters=0", "--gradient_accumulation_steps=4", "--dropout=0.1"
-    one, job = train(*flags).stdout, torchrun(*flags)
+    one, job = train(*flags).stdout, torchrun(*flags, PYTHONPATH=str(tmp_path))
     two, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
+    assert two.count("threads at the end:") == 2
+    assert "gloo" not in two, "a thread of gloo's that outlives Python may end the process with SIGABRT"
     assert one.count("\nstep ") == two.count("\nstep ") == 4, "only one process writes"
     for kind in "iter", "step":
         numbers = [[float(word.strip(",")) for line in text.splitlines() if line.startswith(kind)
