@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import filelock
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SAMPLE, TRAIN, bins, nasty_rows, oracle, wait_for, write_jsonl
 from hub import serve
-from test_prepare import SENTENCES, parquet
+from test_prepare import SENTENCES, group_is_gone, parquet
 from test_train import SMALL
 
 NAME = "SamuelYang/bookcorpus"
@@ -256,7 +257,15 @@ def test_pools_of_workers_that_have_hardly_begun_end():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_a_worker_that_dies_with_a_lock(command, tmp_path):
+def children_of(process):
+    """The process ids of its workers in the order of their start; the process that these report to is the last."""
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return sorted(map(int, listed.split()))
+
+
+@pytest.mark.parametrize("number, whole_group", [
+    (signal.SIGKILL, False), (signal.SIGINT, True), (signal.SIGTERM, True)])
+def test_a_signal_to_a_worker_with_a_lock(command, tmp_path, number, whole_group):
     """One that has done its part waits for more with the lock of the pool's queue; another is still at work."""
     source = parquet(tmp_path / "rows.parquet", ["short"] * 3000 + [f"{i} " * 20_000 for i in range(3000)])
     arguments, environment = command(f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2")
@@ -264,18 +273,50 @@ def test_a_worker_that_dies_with_a_lock(command, tmp_path):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for((tmp_path / "out" / ".prepare" / "tokens_00000_of_00002.arrow").exists, process)
     time.sleep(0.3)
-    children = sorted(map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
-    idle = [pid for pid in children[:2] if pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "S"]
-    os.kill(idle[0], signal.SIGKILL)  # the third is the process that the workers report to
+    idle = [pid for pid in children_of(process)[:2]
+            if pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "S"]
     began = time.monotonic()
     try:
+        os.killpg(process.pid, number) if whole_group else os.kill(idle[0], number)
         output, errors = process.communicate(timeout=40)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert time.monotonic() - began < 20 and "was killed" in error_line(subprocess.CompletedProcess(
-        arguments, process.returncode, output, errors))
-    assert not (tmp_path / "out" / ".prepare").exists()
+    assert time.monotonic() - began < 20 and "Traceback" not in errors
+    if whole_group:
+        assert process.returncode == 128 + number and "prepare.py:" not in errors
+    else:
+        assert "was killed" in error_line(subprocess.CompletedProcess(arguments, process.returncode, output, errors))
+    assert group_is_gone(process.pid) and not (tmp_path / "out" / ".prepare").exists()
+
+
+def test_a_worker_that_dies_while_it_downloads(command, tmp_path):
+    asked, done = [], threading.Event()
+
+    def fault(method, path, handler):
+        if method == "GET" and path.endswith(".parquet"):
+            asked.append(path)
+            done.wait(60)
+            return True
+
+    files = {f"data/train-0000{i}-of-00002.parquet": b"never sent, number %d" % i for i in range(2)}
+    with serve(NAME, files, fault=fault) as hub:
+        arguments, environment = command(
+            f"--out_dir={tmp_path / 'out'}", "--num_proc=2", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0",
+            HF_HOME=str(tmp_path / "hf"))
+        process = subprocess.Popen(arguments, env=environment, text=True, start_new_session=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_for(lambda: len(asked) == 2, process)
+        os.kill(children_of(process)[0], signal.SIGKILL)
+        try:
+            output, errors = process.communicate(timeout=20)
+        finally:
+            done.set()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    line = error_line(subprocess.CompletedProcess(arguments, process.returncode, output, errors))
+    assert "was killed" in line and "network" not in line
+    assert group_is_gone(process.pid) and not (tmp_path / "out" / ".prepare").exists()
 
 
 @pytest.mark.parametrize("row", ["a" * 20_000_000, " " * 20_000_000, "ab " * 7_000_000, "\u4e2d" * 6_000_000],

@@ -24,6 +24,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing.pool
 import os
 import pathlib
 import platform
@@ -40,10 +41,13 @@ import traceback
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
-def let_signals_end():
-    """Let Ctrl-C and SIGTERM end this process, a worker, at once and quietly, wherever it waits."""
-    for number in ENDINGS:
-        signal.signal(number, signal.SIG_DFL)
+def leave_signals_to_the_parent():
+    """Let SIGTERM end this process, a worker, at once and quietly, wherever it waits, and Ctrl-C pass it by.
+
+    The parent has Ctrl-C too, and ends its workers with SIGTERM, when none has a lock of their pool in its hands.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 
@@ -59,32 +63,16 @@ def handle_signals(handler):
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS),
                             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS),
-                            after_in_child=let_signals_end)
-
-
-def watch_workers(killed):
-    """Where a worker process is killed, put its name into `killed`, a list, and send this one SIGTERM every 5 s from then on.
-
-    A worker may die with a lock of its pool in its hands. The pool then waits for that lock, and the run for the pool,
-    before the first signal or, when that has made it leave the pool, after it.
-    """
-    seen = set()
-    while not killed:
-        time.sleep(0.5)
-        seen.update(process for process in multiprocess.active_children() if "PoolWorker" in process.name)
-        killed += [process.name for process in seen if process.exitcode == -signal.SIGKILL]
-    while True:
-        time.sleep(5)  # mostly datasets has noticed it by then
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                            after_in_child=leave_signals_to_the_parent)
 
 
 if __name__ == "__mp_main__":  # spawned
-    let_signals_end()
+    leave_signals_to_the_parent()
 
 import datasets
 import filelock
 import huggingface_hub
-import multiprocess
+import multiprocess.pool
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -120,6 +108,37 @@ REASONS = {  # what a sign in a traceback of datasets means
     "SchemaInferenceError": "no rows in it",
     "StopIteration": "no rows in it",
 }
+
+# -----------------------------------------------------------------------------
+# workers
+
+
+class EndingPool:
+    """What makes a pool of worker processes end where one was killed; without it a pool may wait for it for ever."""
+
+    def map(self, function, iterable):
+        """As a list, `function` of each of `iterable`. RuntimeError where a worker dies: what it was to do is lost."""
+        workers = list(self._pool)
+        result = self.map_async(function, iterable)
+        while not result.ready():
+            result.wait(0.1)
+            if self._pool != workers:
+                raise RuntimeError("a worker abruptly died")
+        return result.get()
+
+    def terminate(self):
+        """Let the pool end, or after 2 s kill its workers: one may have died with a lock that the pool waits for."""
+        ending = threading.Thread(target=super().terminate, daemon=True)
+        ending.start()
+        ending.join(2)
+        if ending.is_alive():
+            for worker in self._pool:
+                worker.kill()
+                worker.join()
+
+
+for library in multiprocess, multiprocessing:  # datasets works with both
+    library.pool.Pool = type("Pool", (EndingPool, library.pool.Pool), {})
 
 # -----------------------------------------------------------------------------
 # flags
@@ -207,10 +226,12 @@ def load(source, files, out_dir, num_proc):
     try:
         for pause in 1, 2, 4, 8, 16:
             try:
-                builder = datasets.load_dataset_builder(**where)
+                # load_dataset in its three steps, as what it will take is known after the first; larger record batches
+                # than the default of 1,000 rows: 17 s in place of 27 at full size
+                builder = datasets.load_dataset_builder(**where, writer_batch_size=100_000)
                 require_space(space_to_load(builder, files, out_dir))
-                # larger record batches than the default of 1,000 rows: 17 s in place of 27 at full size
-                rows = datasets.load_dataset(**where, split="train", num_proc=num_proc, writer_batch_size=100_000)
+                builder.download_and_prepare(num_proc=num_proc)
+                rows = builder.as_dataset(split="train")
                 break
             except Exception as error:
                 if files or pause == 16 or status_of(error) not in (429, 500, 502, 503, 504):
@@ -271,7 +292,7 @@ def require_space(needs):
 
 def explain(error, files):
     """One line on why the rows of `files`, or of the Hub where that is None, can't be had, naming the file if it can."""
-    if files is None:
+    if files is None and reason(error) != KILLED:
         status = status_of(error)
         said = {401: "the Hub wants a token for it (401): accept its terms there, then run `hf auth login`",
                 403: "the Hub refuses it (403): ask its owner for access, then run `hf auth login`"}.get(status)
@@ -687,16 +708,14 @@ def update_readme(block):
 
 def main():
     flags = parse_flags(sys.argv[1:])
-    stopped, killed = [], []
+    stopped = []
 
     def stop(signum, frame):
-        if killed or not stopped:  # clearing away is not to be stopped, but where it waits for the dead
+        if not stopped:  # clearing away is not to be stopped
             stopped.append(128 + signum)
             raise SystemExit(stopped[0])
 
     handle_signals(stop)
-    if hasattr(signal, "SIGKILL"):  # not on Windows
-        threading.Thread(target=watch_workers, args=(killed,), daemon=True).start()
     for library in datasets, huggingface_hub:
         library.logging.set_verbosity(logging.CRITICAL)  # what matters of it comes in our own error line
     gpt2()  # fails early, and forked workers find it loaded
@@ -706,8 +725,6 @@ def main():
         if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
             update_readme(summary(stats))
     except BaseException as error:
-        if stopped and killed:
-            fail(f"--source={flags.source}: {KILLED}")
         if stopped:  # which datasets may have turned into an error of its own
             raise SystemExit(stopped[0]) from None
         if isinstance(error, OSError):
