@@ -29,6 +29,16 @@ import signal
 import sys
 import time
 
+
+def end(number, frame):
+    """Handle the signal `number`: end this process, with the exit status that shells give for it."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":  # the imports take a while
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, end)
+
 import numpy as np
 import tiktoken
 import tiktoken.load
@@ -845,8 +855,6 @@ def main():
             raise
         sys.exit(f"train.py: another process of the job is gone, or can't be reached ({first_line(error)});"
                  " the last checkpoint stands")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(128 + number if number else 0)

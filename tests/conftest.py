@@ -127,6 +127,17 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.002)
 
 
+def group_is_gone(group):
+    """Whether no process of `group` is left, now or within five seconds."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
     return path

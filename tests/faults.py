@@ -2,8 +2,8 @@
 
     python tests/faults.py --seed=1 --count=60 --minutes=20
 
-Kills prepare.py `count` times, the whole process group or one process of it, each stage in turn, at a moment drawn
-within it; the moves at the end are slowed down, so as to be hit. Kills train.py a third as often, half of these while it
+Kills prepare.py `count` times, the whole process group or one process of it, or stops it with Ctrl-C or SIGTERM, each
+stage in turn, at a moment drawn within it; the moves at the end are slowed down, so as to be hit. Kills train.py a third as often, half of these while it
 saves. Fills the disk under prepare.py a fifth as often (needs the right to mount a tmpfs). Then a million rows made to
 break a tokenizer, and one of a hundred megabytes, against the oracle. After each try: nothing that stood before is
 harmed, no file under its final name is partial, no new one stands beside an old one, and the next run ends as if nothing
@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from conftest import SAMPLE, SCRIPT, TRAIN, bins, gpt2, nasty_rows, oracle, row_bytes, wait_for
+from conftest import SAMPLE, SCRIPT, TRAIN, bins, gpt2, group_is_gone, nasty_rows, oracle, row_bytes, wait_for
 
 # makes the moments between two renames, and those of a checkpoint half written, long enough to be hit
 SLOW = """
@@ -113,9 +113,12 @@ def stage_of(work):
     return "splitting" if done == 2 else "tokenizing" if done or any(n.startswith("tmp") for n in names) else "loading"
 
 
-# a stage to kill in, and whether one process or all of them are killed
-MOMENTS = [("start", "all"), ("loading", "one"), ("moving", "all"), ("tokenizing", "all"), ("splitting", "all"),
-           ("tokenizing", "one"), ("writing", "all"), ("loading", "all"), ("moving", "all")]
+# a stage, what is sent within it, and to how many processes
+MOMENTS = [("start", "SIGKILL", "all"), ("loading", "SIGKILL", "one"), ("moving", "SIGKILL", "all"),
+           ("tokenizing", "SIGINT", "all"), ("tokenizing", "SIGKILL", "all"), ("splitting", "SIGKILL", "all"),
+           ("loading", "SIGTERM", "all"), ("tokenizing", "SIGKILL", "one"), ("writing", "SIGKILL", "all"),
+           ("loading", "SIGKILL", "all"), ("writing", "SIGINT", "all"), ("moving", "SIGKILL", "all"),
+           ("tokenizing", "SIGTERM", "all"), ("tokenizing", "SIGKILL", "one")]
 
 
 def seconds_of(process, work):
@@ -130,8 +133,9 @@ def seconds_of(process, work):
 
 
 def kill_prepare(faults, count):
-    """SIGKILL to all of prepare.py, or to one of its processes, in each stage in turn."""
-    rows = {"old": nasty_rows(3000, seed=1), "new": nasty_rows(200_000, seed=2)}
+    """A signal to all of prepare.py, or to one of its processes, in each stage in turn."""
+    # by length, so that one worker is done long before the other
+    rows = {"old": nasty_rows(3000, seed=1), "new": sorted(nasty_rows(200_000, seed=2), key=len)}
     wanted = {name: oracle(texts, test_size=0.1) for name, texts in rows.items()}
     for name, texts in rows.items():
         pq.write_table(pa.table({"text": texts}), faults.folder / f"{name}.parquet")
@@ -144,38 +148,38 @@ def kill_prepare(faults, count):
     seconds = seconds_of(faults.start(SCRIPT, *flags["new"]), out / ".prepare") | {"start": 1, "moving": 1.8}
     shutil.rmtree(out)
     for i in faults.tries(count):
-        aim, kind = MOMENTS[i % len(MOMENTS)]
+        aim, name, whom = MOMENTS[i % len(MOMENTS)]
         shutil.copytree(faults.folder / "standing", out)
         shutil.rmtree(faults.folder / "hf", ignore_errors=True)  # so that loading takes its time too
         process = faults.start(SCRIPT, *flags["new"], slow=aim == "moving")
         wait_for(lambda: stage_of(out / ".prepare") == aim, process)
         time.sleep(faults.pick.uniform(0, seconds[aim]))
-        below, stage = children(process.pid), stage_of(out / ".prepare")
-        if kind == "one" and below:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(faults.pick.choice(below), signal.SIGKILL)
-            began = time.monotonic()
-            _, errors = faults.finish(process, 30)
-            if process.returncode:
-                when = f"a process killed while {stage}"
-                faults.last_line(errors, when)
-                faults.expect(time.monotonic() - began < 20, f"{when}: took long to end")
-                faults.expect(not (out / ".prepare").exists(), f"{when}: .prepare is left")
-        else:
-            kind = "all"
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        faults.tried[f"prepare.py, SIGKILL to {kind} of its processes, {stage}"] += 1
-        found = {name: (out / f"{name}.bin").read_bytes() for name in ("train", "val") if (out / f"{name}.bin").exists()}
-        whole = [name for name in wanted if all(
-            found[split] == wanted[name][split == "val"] for split in found)]
-        faults.expect(whole, f"killed while {stage}: files are partial or of two runs")
-        faults.expect(len(found) == 2 or stage == "moving", f"killed while {stage}: {sorted(found)} stand alone")
+        below, stage, number = children(process.pid), stage_of(out / ".prepare"), getattr(signal, name)
+        whom = "all" if not below else whom
+        when = f"{name} to {whom} while {stage}"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(faults.pick.choice(below), number) if whom == "one" else os.killpg(process.pid, number)
+        began = time.monotonic()
+        _, errors = faults.finish(process, 30)
+        if number != signal.SIGKILL:
+            faults.expect(process.returncode in (0, 128 + number), f"{when}: ended with {process.returncode}")
+            faults.expect("Traceback" not in errors and "prepare.py:" not in errors, f"{when}: {errors[-800:]}")
+        elif whom == "one" and process.returncode:
+            faults.last_line(errors, when)
+        if process.returncode != -signal.SIGKILL:
+            faults.expect(process.returncode == 0 or time.monotonic() - began < 20, f"{when}: took long to end")
+            faults.expect(not (out / ".prepare").exists(), f"{when}: .prepare is left")
+            faults.expect(group_is_gone(process.pid), f"{when}: a process is left")
+        faults.tried[f"prepare.py, {name} to {whom} of its processes, {stage}"] += 1
+        found = {split: (out / f"{split}.bin").read_bytes() for split in ("train", "val")
+                 if (out / f"{split}.bin").exists()}
+        whole = [name for name in wanted if all(found[split] == wanted[name][split == "val"] for split in found)]
+        faults.expect(whole, f"{when}: files are partial or of two runs")
+        faults.expect(len(found) == 2 or stage == "moving", f"{when}: {sorted(found)} stand alone")
         faults.run(SCRIPT, *flags["new"])
-        faults.expect(bins(out) == wanted["new"], f"killed while {stage}: the next run differs")
+        faults.expect(bins(out) == wanted["new"], f"{when}: the next run differs")
         faults.expect({path.name for path in out.iterdir()} == {"train.bin", "val.bin", "stats.json"},
-                      f"killed while {stage}: {sorted(path.name for path in out.iterdir())} are left")
+                      f"{when}: {sorted(path.name for path in out.iterdir())} are left")
         shutil.rmtree(out)
 
 

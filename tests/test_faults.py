@@ -14,9 +14,10 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SAMPLE, TRAIN, bins, nasty_rows, oracle, wait_for, write_jsonl
+from conftest import (ROOT, SAMPLE, SCRIPT, TRAIN, bins, group_is_gone, nasty_rows, oracle, wait_for,
+                      write_jsonl)
 from hub import serve
-from test_prepare import SENTENCES, group_is_gone, parquet
+from test_prepare import SENTENCES, parquet
 from test_train import SMALL
 
 NAME = "SamuelYang/bookcorpus"
@@ -230,6 +231,17 @@ def test_one_folder_by_two_names(prepare, refused, tmp_path):
         assert "is preparing it" in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'Out'}")
     assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'Out'}").returncode == 0
     assert bins(tmp_path / "out") == oracle(SENTENCES)
+
+
+@pytest.mark.parametrize("script", [SCRIPT, TRAIN], ids=["prepare", "train"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_it_imports(command, tmp_path, script, number):
+    arguments, environment = command(f"--out_dir={tmp_path / 'out'}", script=script)
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: "numpy" in pathlib.Path(f"/proc/{process.pid}/maps").read_text(), process)
+    process.send_signal(number)
+    assert process.communicate(timeout=20)[0] == b"" and process.returncode == 128 + number
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_with_spawned_workers(command, tmp_path):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import SAMPLE, SCRIPT, bins, nasty_rows, oracle, row_bytes, wait_for, write_jsonl
+from conftest import SAMPLE, SCRIPT, bins, group_is_gone, nasty_rows, oracle, row_bytes, wait_for, write_jsonl
 from hub import serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -415,16 +415,6 @@ def running(command, tmp_path):
         except ProcessLookupError:
             pass
         process.communicate()
-
-
-def group_is_gone(group):
-    for _ in range(100):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -41,6 +41,11 @@ import traceback
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
+def end(number, frame):
+    """Handle the signal `number`: end this process, with the exit status that shells give for it."""
+    sys.exit(128 + number)
+
+
 def leave_signals_to_the_parent():
     """Let SIGTERM end this process, a worker, at once and quietly, wherever it waits, and Ctrl-C pass it by.
 
@@ -66,7 +71,10 @@ def handle_signals(handler):
                             after_in_child=leave_signals_to_the_parent)
 
 
-if __name__ == "__mp_main__":  # spawned
+if __name__ == "__main__":  # the imports take a while
+    for number in ENDINGS:
+        signal.signal(number, end)
+elif __name__ == "__mp_main__":  # spawned
     leave_signals_to_the_parent()
 
 import datasets
