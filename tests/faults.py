@@ -2,12 +2,13 @@
 
     python tests/faults.py --seed=1 --count=60 --minutes=20
 
-Kills prepare.py `count` times, the whole process group or one process of it, or stops it with Ctrl-C or SIGTERM, each
-stage in turn, at a moment drawn within it; the moves at the end are slowed down, so as to be hit. Kills train.py a third as often, half of these while it
-saves. Fills the disk under prepare.py a fifth as often (needs the right to mount a tmpfs). Then a million rows made to
-break a tokenizer, and one of a hundred megabytes, against the oracle. After each try: nothing that stood before is
-harmed, no file under its final name is partial, no new one stands beside an old one, and the next run ends as if nothing
-had been. Prints what was tried, how often, and what was lost; exit status 1 if anything was.
+Kills prepare.py `count` times, its whole process group or one process, or stops it with Ctrl-C or SIGTERM, each stage in
+turn, at a moment drawn within it; the moves at the end are slowed down, so as to be hit. Kills train.py a third as often,
+half of these while it saves. Fills the disk under prepare.py a fifth as often (needs the right to mount a tmpfs). Then a
+million rows made to break a tokenizer, and one of a hundred megabytes, against the oracle. After each try: nothing that
+stood before is harmed, no file under its final name is partial, no new one stands beside an old one, no process is left,
+and the next run ends as if nothing had been. Prints what was tried, how often, and what was lost; exit status 1 if
+anything was.
 """
 import argparse
 import collections
@@ -113,11 +114,11 @@ def stage_of(work):
     return "splitting" if done == 2 else "tokenizing" if done or any(n.startswith("tmp") for n in names) else "loading"
 
 
-# a stage, what is sent within it, and to how many processes
+# a stage, what is sent within it, and to which processes: the first, one that it has started, or all
 MOMENTS = [("start", "SIGKILL", "all"), ("loading", "SIGKILL", "one"), ("moving", "SIGKILL", "all"),
            ("tokenizing", "SIGINT", "all"), ("tokenizing", "SIGKILL", "all"), ("splitting", "SIGKILL", "all"),
            ("loading", "SIGTERM", "all"), ("tokenizing", "SIGKILL", "one"), ("writing", "SIGKILL", "all"),
-           ("loading", "SIGKILL", "all"), ("writing", "SIGINT", "all"), ("moving", "SIGKILL", "all"),
+           ("tokenizing", "SIGKILL", "first"), ("loading", "SIGKILL", "all"), ("writing", "SIGINT", "all"), ("moving", "SIGKILL", "all"),
            ("tokenizing", "SIGTERM", "all"), ("tokenizing", "SIGKILL", "one")]
 
 
@@ -156,9 +157,12 @@ def kill_prepare(faults, count):
         time.sleep(faults.pick.uniform(0, seconds[aim]))
         below, stage, number = children(process.pid), stage_of(out / ".prepare"), getattr(signal, name)
         whom = "all" if not below else whom
-        when = f"{name} to {whom} while {stage}"
+        when = f"{name} to {whom} of its processes, {stage}"
         with contextlib.suppress(ProcessLookupError):
-            os.kill(faults.pick.choice(below), number) if whom == "one" else os.killpg(process.pid, number)
+            if whom == "all":
+                os.killpg(process.pid, number)
+            else:
+                os.kill(process.pid if whom == "first" else faults.pick.choice(below), number)
         began = time.monotonic()
         _, errors = faults.finish(process, 30)
         if number != signal.SIGKILL:
@@ -166,11 +170,11 @@ def kill_prepare(faults, count):
             faults.expect("Traceback" not in errors and "prepare.py:" not in errors, f"{when}: {errors[-800:]}")
         elif whom == "one" and process.returncode:
             faults.last_line(errors, when)
+        faults.expect(process.returncode == 0 or time.monotonic() - began < 20, f"{when}: took long to end")
+        faults.expect(group_is_gone(process.pid), f"{when}: a process is left")
         if process.returncode != -signal.SIGKILL:
-            faults.expect(process.returncode == 0 or time.monotonic() - began < 20, f"{when}: took long to end")
             faults.expect(not (out / ".prepare").exists(), f"{when}: .prepare is left")
-            faults.expect(group_is_gone(process.pid), f"{when}: a process is left")
-        faults.tried[f"prepare.py, {name} to {whom} of its processes, {stage}"] += 1
+        faults.tried[f"prepare.py, {when}"] += 1
         found = {split: (out / f"{split}.bin").read_bytes() for split in ("train", "val")
                  if (out / f"{split}.bin").exists()}
         whole = [name for name in wanted if all(found[split] == wanted[name][split == "val"] for split in found)]

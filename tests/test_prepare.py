@@ -446,10 +446,13 @@ def test_a_worker_that_dies(running, tmp_path):
     assert "Traceback" not in errors and list((tmp_path / "out").iterdir()) == []
 
 
-def test_killed_and_run_again(running, prepare, tmp_path):
-    process = running(until=lambda work: (work / "unfinished" / "train.bin").exists())
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+@pytest.mark.parametrize("kill, reached", [(os.killpg, "unfinished/train.bin"), (os.kill, "tmp*")])
+def test_killed_and_run_again(running, prepare, tmp_path, kill, reached):
+    """All processes at once, or the first alone, whose workers then end too."""
+    process = running(until=lambda work: any(work.glob(reached)))
+    kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    assert group_is_gone(process.pid)
     assert not (tmp_path / "out" / "train.bin").exists() and (tmp_path / "out" / ".prepare").exists()
     ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}")
     assert ended.returncode == 0, ended.stderr

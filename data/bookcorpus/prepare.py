@@ -46,15 +46,24 @@ def end(number, frame):
     sys.exit(128 + number)
 
 
-def leave_signals_to_the_parent():
-    """Let SIGTERM end this process, a worker, at once and quietly, wherever it waits, and Ctrl-C pass it by.
+def begin_worker():
+    """Leave signals to the parent of this process, a worker, and end with it: killed, it could not end its workers.
 
-    The parent has Ctrl-C too, and ends its workers with SIGTERM, when none has a lock of their pool in its hands.
+    SIGTERM ends a worker at once and quietly, wherever it waits. Ctrl-C passes it by: the parent has it too, and ends its
+    workers with SIGTERM when none has a lock of their pool in its hands.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+    parent = os.getppid()
+
+    def end_with_parent():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def handle_signals(handler):
@@ -68,14 +77,14 @@ def handle_signals(handler):
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS),
                             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS),
-                            after_in_child=leave_signals_to_the_parent)
+                            after_in_child=begin_worker)
 
 
 if __name__ == "__main__":  # the imports take a while
     for number in ENDINGS:
         signal.signal(number, end)
 elif __name__ == "__mp_main__":  # spawned
-    leave_signals_to_the_parent()
+    begin_worker()
 
 import datasets
 import filelock
