@@ -39,11 +39,14 @@ import traceback
 
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
+stopped = []  # the exit status, once one of them has come
 
 
-def end(number, frame):
-    """Handle the signal `number`: end this process, with the exit status that shells give for it."""
-    sys.exit(128 + number)
+def stop(number, frame):
+    """Handle the signal `number`: end this process with the exit status that shells give for it."""
+    if not stopped:  # clearing away is not to be stopped
+        stopped.append(128 + number)
+        raise SystemExit(stopped[0])
 
 
 def begin_worker():
@@ -66,14 +69,14 @@ def begin_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def handle_signals(handler):
-    """Have Ctrl-C and SIGTERM call `handler` in this process, not in the workers that are forked from it.
+def handle_signals():
+    """Have Ctrl-C and SIGTERM call `stop` in this process, not in the workers that are forked from it.
 
     Python runs a handler between two instructions. A worker that has the parent's, and is about to wait for work when
     the pool's SIGTERM comes, waits for ever, and the pool for it. So signals are held back over a fork.
     """
     for number in ENDINGS:
-        signal.signal(number, handler)
+        signal.signal(number, stop)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS),
                             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS),
@@ -81,8 +84,7 @@ def handle_signals(handler):
 
 
 if __name__ == "__main__":  # the imports take a while
-    for number in ENDINGS:
-        signal.signal(number, end)
+    handle_signals()
 elif __name__ == "__mp_main__":  # spawned
     begin_worker()
 
@@ -725,14 +727,6 @@ def update_readme(block):
 
 def main():
     flags = parse_flags(sys.argv[1:])
-    stopped = []
-
-    def stop(signum, frame):
-        if not stopped:  # clearing away is not to be stopped
-            stopped.append(128 + signum)
-            raise SystemExit(stopped[0])
-
-    handle_signals(stop)
     for library in datasets, huggingface_hub:
         library.logging.set_verbosity(logging.CRITICAL)  # what matters of it comes in our own error line
     gpt2()  # fails early, and forked workers find it loaded
