@@ -244,6 +244,32 @@ def test_stopped_while_it_imports(command, tmp_path, script, number):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("moment", ["before", "after_in_parent"])
+def test_stopped_while_it_forks(prepare, tmp_path, moment):
+    """Python passes over what a callback of a fork raises."""
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2", before=(
+        "import os, signal\n"
+        f"os.register_at_fork({moment}=lambda: os.kill(os.getpid(), signal.SIGTERM))"))
+    assert ended.returncode == 143 and ended.stdout == "", ended.stderr
+    assert "Traceback" not in ended.stderr and "prepare.py:" not in ended.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_stopped_while_it_moves_the_files(prepare, command, tmp_path):
+    """That is done as a whole, or the old files would be gone and the new ones too."""
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}").returncode == 0
+    arguments, environment = command(
+        f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", "--seed=1", "--overwrite=True",
+        before="import os, time; replace = os.replace\nos.replace = lambda *names: (time.sleep(0.5), replace(*names))")
+    process = subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for((tmp_path / "out" / ".prepare" / "whole").exists, process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode in (0, 130) and "Traceback" not in errors, errors  # 0 where it was done before it noticed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.bin", "val.bin", "stats.json"}
+    assert bins(tmp_path / "out") == oracle(SENTENCES, seed=1)
+
+
 def test_ctrl_c_with_spawned_workers(command, tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", nasty_rows(300_000, seed=5))
     arguments, environment = command(f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2",
@@ -260,8 +286,9 @@ def test_ctrl_c_with_spawned_workers(command, tmp_path):
 
 def test_pools_of_workers_that_have_hardly_begun_end():
     """A pool that is done at once sends SIGTERM to workers that are still being forked."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import prepare, multiprocess\n"
-            "prepare.handle_signals()\n"
+    code = ("import signal, sys; sys.path.insert(0, sys.argv[1]); import prepare, multiprocess\n"
+            "signal.signal(signal.SIGTERM, prepare.stop)\n"
+            "prepare.part_signals()\n"
             "for _ in range(300):\n"
             "    with multiprocess.Pool(4) as pool: pool.map(abs, [1])")
     ended = subprocess.run([sys.executable, "-c", code, SAMPLE.parent], capture_output=True, text=True, timeout=100)

@@ -10,6 +10,7 @@ The way: load_dataset, a multiprocess map from text to token ids, train_test_spl
 writes into a memmap. Splitting comes after tokenizing, so text is read in its own order and only
 token ids are permuted. Batches stay Arrow and numpy all the way; ids never take more than 2 bytes.
 """
+import _thread
 import argparse
 import collections
 import concurrent.futures
@@ -40,13 +41,26 @@ import traceback
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
 stopped = []  # the exit status, once one of them has come
+held = []  # not empty while they are held back
 
 
 def stop(number, frame):
-    """Handle the signal `number`: end this process with the exit status that shells give for it."""
-    if not stopped:  # clearing away is not to be stopped
+    """Handle the signal `number`: end this process with the exit status that shells give for it, or see to it later."""
+    if held:
+        threading.Timer(0.1, _thread.interrupt_main, (number,)).start()
+    else:
         stopped.append(128 + number)
         raise SystemExit(stopped[0])
+
+
+@contextlib.contextmanager
+def signals_held():
+    """What is done in this context is done as a whole."""
+    held.append(True)
+    try:
+        yield
+    finally:
+        held.pop()
 
 
 def begin_worker():
@@ -69,22 +83,23 @@ def begin_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def handle_signals():
-    """Have Ctrl-C and SIGTERM call `stop` in this process, not in the workers that are forked from it.
+def part_signals():
+    """Have signals call `stop` in this process alone, not in the workers that are forked from it, nor during a fork.
 
     Python runs a handler between two instructions. A worker that has the parent's, and is about to wait for work when
-    the pool's SIGTERM comes, waits for ever, and the pool for it. So signals are held back over a fork.
+    the pool's SIGTERM comes, waits for ever. In the parent, what is raised while the callbacks of a fork run is lost.
     """
-    for number in ENDINGS:
-        signal.signal(number, stop)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS),
                             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS),
                             after_in_child=begin_worker)
+        # the last to be registered is the first to run before, and the last to run after
+        os.register_at_fork(before=functools.partial(held.append, True), after_in_parent=held.pop)
 
 
 if __name__ == "__main__":  # the imports take a while
-    handle_signals()
+    for number in ENDINGS:
+        signal.signal(number, stop)
 elif __name__ == "__mp_main__":  # spawned
     begin_worker()
 
@@ -604,8 +619,9 @@ def workplace(out_dir):
         owner.write_text(str(os.getpid()))
         yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-        lock.release()
+        with signals_held():
+            shutil.rmtree(work, ignore_errors=True)
+            lock.release()
 
 
 def publish(whole, out_dir):
@@ -614,11 +630,12 @@ def publish(whole, out_dir):
     Killed at any point and called again it goes on, and no file of an earlier run ever stands beside a new one.
     """
     waiting = [name for name in ("train.bin", "val.bin", "stats.json") if (whole / name).exists()]
-    for name in waiting:
-        if name != "train.bin":
-            (out_dir / name).unlink(missing_ok=True)
-    for name in waiting:
-        os.replace(whole / name, out_dir / name)
+    with signals_held():
+        for name in waiting:
+            if name != "train.bin":
+                (out_dir / name).unlink(missing_ok=True)
+        for name in waiting:
+            os.replace(whole / name, out_dir / name)
 
 
 def refuse_to_replace(out_dir, origin):
@@ -727,6 +744,7 @@ def update_readme(block):
 
 def main():
     flags = parse_flags(sys.argv[1:])
+    part_signals()
     for library in datasets, huggingface_hub:
         library.logging.set_verbosity(logging.CRITICAL)  # what matters of it comes in our own error line
     gpt2()  # fails early, and forked workers find it loaded
@@ -748,4 +766,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        for number in ENDINGS:  # Python's own clearing away is loud when it is stopped
+            signal.signal(number, signal.SIG_IGN)
