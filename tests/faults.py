@@ -1,6 +1,6 @@
 """What prepare.py and train.py do when they are killed, run out of disk or get hostile rows: many tries, by chance.
 
-    python tests/faults.py --seed=1 --count=60 --minutes=20
+    python tests/faults.py --seed=1 --count=75 --minutes=25
 
 Kills prepare.py `count` times, its whole process group or one process, or stops it with Ctrl-C or SIGTERM, each stage in
 turn, at a moment drawn within it; the moves at the end are slowed down, so as to be hit. Kills train.py a third as often,
@@ -297,9 +297,9 @@ def fuzz(faults, count, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 31))
-    parser.add_argument("--count", type=int, default=60, help="kills of prepare.py")
+    parser.add_argument("--count", type=int, default=75, help="kills and stops of prepare.py")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the fuzz run")
-    parser.add_argument("--minutes", type=float, default=20, help="that the tries may take, the rows at the end not counted")
+    parser.add_argument("--minutes", type=float, default=25, help="that the tries may take, the rows at the end not counted")
     flags = parser.parse_args()
     print(f"seed {flags.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -295,6 +295,19 @@ def test_pools_of_workers_that_have_hardly_begun_end():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_a_pool_that_is_done_when_its_workers_die():
+    """One of them has the lock that the pool wants."""
+    code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); import prepare, multiprocess\n"
+            "with multiprocess.Pool(2) as pool:\n"
+            "    assert pool.map(abs, [-1]) == [1]\n"
+            "    time.sleep(0.5)\n"
+            "    for worker in multiprocess.active_children(): os.kill(worker.pid, signal.SIGKILL)\n"
+            "    pool.close()\n"
+            "    pool.join()")
+    ended = subprocess.run([sys.executable, "-c", code, SAMPLE.parent], capture_output=True, text=True, timeout=40)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def children_of(process):
     """The process ids of its workers in the order of their start; the process that these report to is the last."""
     listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()

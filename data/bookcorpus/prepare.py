@@ -170,6 +170,8 @@ class EndingPool:
                 worker.kill()
                 worker.join()
 
+    join = terminate  # datasets joins a pool when it has all its results
+
 
 for library in multiprocess, multiprocessing:  # datasets works with both
     library.pool.Pool = type("Pool", (EndingPool, library.pool.Pool), {})
