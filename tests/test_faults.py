@@ -302,6 +302,7 @@ def test_a_pool_that_is_done_when_its_workers_die():
             "    assert pool.map(abs, [-1]) == [1]\n"
             "    time.sleep(0.5)\n"
             "    for worker in multiprocess.active_children(): os.kill(worker.pid, signal.SIGKILL)\n"
+            "    time.sleep(0.5)\n"  # others take their place
             "    pool.close()\n"
             "    pool.join()")
     ended = subprocess.run([sys.executable, "-c", code, SAMPLE.parent], capture_output=True, text=True, timeout=40)
