@@ -773,5 +773,6 @@ if __name__ == "__main__":
     finally:
         for number in ENDINGS:  # Python's own clearing away is loud when it is stopped
             signal.signal(number, signal.SIG_IGN)
-        for process in multiprocess.active_children():  # stopped while it began, the one for reports was told of no end
+        # a signal while datasets' manager process began may have left it running, and Python would wait for it
+        for process in multiprocess.active_children():
             process.kill()
