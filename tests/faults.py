@@ -103,23 +103,22 @@ def children(pid):
 
 def stage_of(work):
     """How far a run of prepare.py in two processes has come, by what is in its folder `work`."""
-    if not work.exists():
-        return "start"
-    names = [path.name for path in work.iterdir()]
-    if "whole" in names:
-        return "moving"
-    if "unfinished" in names:
-        return "writing"
-    done = sum(name.startswith("tokens") for name in names)
-    return "splitting" if done == 2 else "tokenizing" if done or any(n.startswith("tmp") for n in names) else "loading"
+    with contextlib.suppress(OSError):
+        names = [path.name for path in work.iterdir()]
+        if "old" in names:
+            return "moving"
+        if "val.bin" in names:
+            return "writing"
+        return "tokenizing" if any(name.startswith(("tmp", "tokens")) for name in names) else "loading"
+    return "start"
 
 
 # a stage, what is sent within it, and to which processes: the first, one that it has started, or all
 MOMENTS = [("start", "SIGKILL", "all"), ("loading", "SIGKILL", "one"), ("moving", "SIGKILL", "all"),
-           ("tokenizing", "SIGINT", "all"), ("tokenizing", "SIGKILL", "all"), ("splitting", "SIGKILL", "all"),
+           ("tokenizing", "SIGINT", "all"), ("tokenizing", "SIGKILL", "all"), ("writing", "SIGKILL", "one"),
            ("loading", "SIGTERM", "all"), ("tokenizing", "SIGKILL", "one"), ("writing", "SIGKILL", "all"),
-           ("tokenizing", "SIGKILL", "first"), ("loading", "SIGKILL", "all"), ("writing", "SIGINT", "all"), ("moving", "SIGKILL", "all"),
-           ("tokenizing", "SIGTERM", "all"), ("tokenizing", "SIGKILL", "one")]
+           ("tokenizing", "SIGKILL", "first"), ("loading", "SIGKILL", "all"), ("writing", "SIGINT", "all"),
+           ("moving", "SIGKILL", "all"), ("tokenizing", "SIGTERM", "all"), ("tokenizing", "SIGKILL", "one")]
 
 
 def seconds_of(process, work):
@@ -146,16 +145,16 @@ def kill_prepare(faults, count):
     faults.run(SCRIPT, *flags["old"])
     shutil.copytree(out, faults.folder / "standing")
     shutil.rmtree(faults.folder / "hf")
-    seconds = seconds_of(faults.start(SCRIPT, *flags["new"]), out / ".prepare") | {"start": 1, "moving": 1.8}
+    seconds = seconds_of(faults.start(SCRIPT, *flags["new"]), out / ".prepare" / "work") | {"start": 1, "moving": 3.6}
     shutil.rmtree(out)
     for i in faults.tries(count):
         aim, name, whom = MOMENTS[i % len(MOMENTS)]
         shutil.copytree(faults.folder / "standing", out)
         shutil.rmtree(faults.folder / "hf", ignore_errors=True)  # so that loading takes its time too
         process = faults.start(SCRIPT, *flags["new"], slow=aim == "moving")
-        wait_for(lambda: stage_of(out / ".prepare") == aim, process)
+        wait_for(lambda: stage_of(out / ".prepare" / "work") == aim, process)
         time.sleep(faults.pick.uniform(0, seconds[aim]))
-        below, stage, number = children(process.pid), stage_of(out / ".prepare"), getattr(signal, name)
+        below, stage, number = children(process.pid), stage_of(out / ".prepare" / "work"), getattr(signal, name)
         whom = "all" if not below else whom
         when = f"{name} to {whom} of its processes, {stage}"
         with contextlib.suppress(ProcessLookupError):
@@ -223,7 +222,7 @@ def fill_disk(faults, count):
                                    "--test_size=0.1")
             if i % 2 == 0:
                 time.sleep(faults.pick.uniform(1, 3))
-                stage = stage_of(out / ".prepare")
+                stage = stage_of(out / ".prepare" / "work")
                 with contextlib.suppress(OSError), open(disk / "ballast", "wb") as ballast:
                     while True:
                         ballast.write(bytes(1 << 16))

