@@ -27,20 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import SAMPLE, SCRIPT, gpt2, row_bytes
 
-# prepare.py with all that is there for the statistics taken out of it, and the same files
-BARE = """
-import sys, types
-sys.path.insert(0, sys.argv.pop(1))
-import prepare
-prepare.gpt2()  # which checks hashes
-prepare.hashlib = types.SimpleNamespace(sha256=lambda: types.SimpleNamespace(update=id, hexdigest=str))
-prepare.LOOKED_AT = -1  # so that the loop over ids is empty
-prepare.pc.quantile = lambda *values, **options: prepare.pa.array([0, 0])
-prepare.share_in_train = lambda *splits: 0
-prepare.pc.sum = lambda *numbers: prepare.pa.scalar(0)
-prepare.main()
-"""
-STAGES = {"start": "", "load": "Generating", "tokenize": "Tokenizing", "split": "Splitting", "write": "Writing"}
+STAGES = {"start": "", "load": "Generating", "split and tokenize": "Tokenizing", "write": "Writing"}
 
 
 def make_corpus(path, rows):
@@ -105,9 +92,9 @@ def disk(folder):
     return total
 
 
-def whole_job(script, flags, work):
-    """Run `script` into work/out. Returns {stage: (seconds, peak bytes of private memory)} and its peak disk."""
-    process = subprocess.Popen([sys.executable, *script, f"--out_dir={work / 'out'}", *flags], stderr=subprocess.PIPE,
+def whole_job(flags, work):
+    """Run prepare.py into work/out. Returns {stage: (seconds, peak bytes of private memory)} and its peak disk."""
+    process = subprocess.Popen([sys.executable, SCRIPT, f"--out_dir={work / 'out'}", *flags], stderr=subprocess.PIPE,
                                env=os.environ | {"HF_HOME": str(work / "hf")})
     stages, peaks, peak_disk = ["start"], {}, 0
     starts = {"start": time.perf_counter()}
@@ -172,7 +159,6 @@ def main():
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows to make up where there is no --source")
     parser.add_argument("--num_proc", type=int, default=2)
     parser.add_argument("--shuffle", default="True")
-    parser.add_argument("--statistics", type=int, default=0, help="how often to measure what the statistics cost")
     parser.add_argument("--tmp", help="folder for temporary files: about twice the text and 2.5 times the two bins")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=flags.tmp) as folder:
@@ -183,15 +169,7 @@ def main():
         files = sorted(glob.glob(os.path.join(source, "*.parquet")) if os.path.isdir(source) else glob.glob(source))
         alone = tiktoken_alone(files, flags.num_proc)
         arguments = [f"--source={source}", f"--num_proc={flags.num_proc}", f"--shuffle={flags.shuffle}"]
-        for i in range(flags.statistics):
-            with tempfile.TemporaryDirectory(dir=flags.tmp) as other:
-                bare, whole = (whole_job(script, arguments, pathlib.Path(other, name))[0] for name, script in (
-                    ("bare", ["-c", BARE, str(SCRIPT.parent)]), ("whole", [SCRIPT])))
-            cost = whole["write"][0] - bare["write"][0]
-            seconds = sum(stage[0] for stage in whole.values())
-            print(f"statistics: writing, the stage that has them, takes {whole['write'][0]:.1f} s with them and"
-                  f" {bare['write'][0]:.1f} s without: {cost / seconds:+.1%} of the whole job's {seconds:.1f} s", flush=True)
-        stages, peak_disk = whole_job([SCRIPT], arguments, work)
+        stages, peak_disk = whole_job(arguments, work)
         stats = json.loads((work / "out" / "stats.json").read_text())
         seconds = sum(stage[0] for stage in stages.values())
         size = stats["train"]["bytes"] + stats["val"]["bytes"]
