@@ -105,15 +105,14 @@ class Config:  # the comments are the help of the flags
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
     num_samples: int = 10  # number of texts
     max_new_tokens: int = 500  # per text
-    temperature: float = 0.8  # below 1.0: less random, above: more
-    top_k: int = 200  # draw from the top_k most likely tokens; 1: greedy
+    temperature: float = 0.8  # 0.0: greedy; below 1.0: less random, above: more
+    top_k: int = 200  # draw from the top_k most likely tokens
     export: str = ""  # folder to write the checkpoint in out_dir to, for transformers
 
 
 CHOICES = {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16", "float16")}
 BELOW_ONE = "dropout", "beta1", "beta2"
-CAN_BE_ZERO = BELOW_ONE + ("eval_iters", "max_iters", "learning_rate", "weight_decay", "grad_clip",
-                           "warmup_iters", "lr_decay_iters", "min_lr", "seed")
+CAN_BE_ZERO = "eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "seed"
 
 
 class UserError(Exception):
@@ -154,8 +153,8 @@ def parse_flags(words):
         words = [f"--{name}={values[name]}" for name in helps.keys() & assigned] + words
     given = vars(parser.parse_args(words))
     for name, value in given.items():
-        low, high = 0 if name in CAN_BE_ZERO else 1e-9, 1 if name in BELOW_ONE else math.inf
-        if type(value) in (int, float) and not low <= value < high:
+        low = 1 if type(value) is int and name not in CAN_BE_ZERO else 0
+        if type(value) in (int, float) and not low <= value < (name in BELOW_ONE or math.inf):
             parser.error(f"argument --{name}: {value} is out of range")
     config = Config(**given)
     if config.n_embd % config.n_head:
@@ -295,17 +294,16 @@ class GPT(nn.Module):
             return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=False):
-        """{name of its state in a checkpoint: optimizer}. AdamW decays what is not a vector.
+        """{name of its state in a checkpoint: optimizer}; AdamW decays all but vectors.
 
-        With muon=True, Muon (Jordan et al., 2024) takes the blocks' matrices, its updates as
-        large as AdamW's (Liu et al., 2025) so that learning_rate keeps its meaning.
-        """
+        With muon=True the blocks' matrices go to Muon (Jordan et al., 2024), with updates as large
+        as AdamW's (Liu et al., 2025), so that learning_rate keeps its meaning."""
         matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2 and muon]
         others = [p for p in self.parameters() if p not in set(matrices)]
         adamw = torch.optim.AdamW(
             [{"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}],
-            lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+            learning_rate, betas, fused=device_type in ("cuda", "cpu"))
         return {"optimizer": adamw} | ({"muon": torch.optim.Muon(
             matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")} if muon else {})
 
@@ -323,13 +321,12 @@ class GPT(nn.Module):
         cache, new = [[] for _ in self.transformer.h], idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.block_size:
-                # all positions have moved, so the cache is of no use any more
-                cache, new = None, idx[:, -self.config.block_size:]
+                cache, new = None, idx[:, -self.config.block_size:]  # all positions have moved
             logits = self.lm_head(self.hidden(new, cache)[:, -1])[:, :GPT2_VOCAB_SIZE].float()
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
                 logits[logits < kth] = -math.inf
-            new = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
+            new = torch.multinomial(F.softmax(logits / max(temperature, 1e-6), dim=-1), 1)
             idx = torch.cat((idx, new), dim=1)
         return idx
 
@@ -392,9 +389,9 @@ def load_checkpoint(path, dropout=0.0):
     """(GPT, the dict in the file `path`), nanoGPT's or ours. Runs no code that the file has."""
     with user_error(f"{path}: no checkpoint, or a damaged one"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**checkpoint["model_args"] | {
-            "activation_function": checkpoint.get("activation_function", "gelu"),
-            "dropout": dropout}))
+        activation = checkpoint.get("activation_function", "gelu")  # nanoGPT's have none
+        args = checkpoint["model_args"] | {"dropout": dropout}
+        model = GPT(GPTConfig(**args, activation_function=activation))
         model.load_state_dict({name.removeprefix("_orig_mod."): tensor  # torch.compile's prefix
                                for name, tensor in checkpoint["model"].items()
                                if not name.endswith(".attn.bias")})  # the mask in old checkpoints
@@ -403,8 +400,9 @@ def load_checkpoint(path, dropout=0.0):
 
 def save_checkpoint(path, checkpoint):
     """Write the dict `checkpoint`. The old file stays until the new one is whole on the disk."""
-    if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
-        raise UserError(f"the weights are not finite; {path} is left as it was")
+    if not (math.isfinite(checkpoint["best_val_loss"])
+            and all(tensor.isfinite().all() for tensor in checkpoint["model"].values())):
+        raise UserError(f"the loss or a weight is not finite; {path} is left as it was")
     new = path.with_name(path.name + ".new")
     with user_error(f"{path}: not written"):
         try:
@@ -424,8 +422,7 @@ def init_model(config, given, device):
     if config.init_from == "scratch":
         model = GPT(GPTConfig(**{name: getattr(config, name) for name in names}))
     elif config.init_from == "resume":
-        path = pathlib.Path(config.out_dir, "ckpt.pt")
-        model, checkpoint = load_checkpoint(path, config.dropout)
+        model, checkpoint = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"), config.dropout)
     else:
         model = GPT.from_pretrained(config.init_from, config.dropout)
         if config.block_size < model.config.block_size:
@@ -533,14 +530,14 @@ def draw(path):
     """Plot the losses in log.jsonl to `path`."""
     from matplotlib.figure import Figure
     records = read_log(path.with_name("log.jsonl"))
-    figure = Figure(figsize=(8, 5))
+    figure = Figure()
     axes = figure.subplots()
     for key in "loss", "train/loss", "val/loss":
         points = [(record["iter"], record[key]) for record in records if key in record]
         axes.plot(*zip(*points), label=key)
     axes.set(xlabel="iteration", ylabel="cross-entropy (nats per token)")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def stop(number, frame):
@@ -578,14 +575,13 @@ def train(config, given):
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
     n_micro = config.gradient_accumulation_steps // WORLD_SIZE
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device},"
-          f" {config.dtype}, {tokens_per_iter:,} tokens per iteration", flush=True)
+          f" {config.dtype}, {tokens_per_iter:,} tokens per iteration")
     log(config, {"iter": iter_num, "config": vars(config)})
     if config.wandb_log and RANK == 0:
         import wandb
         wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, stop)
-
     first_iter, mfu, stopped = iter_num, 0.0, False
     t0, timed = time.perf_counter(), 0  # end of the last log line, iterations since then
     while True:
@@ -601,12 +597,12 @@ def train(config, given):
             losses = estimate_loss(compiled, files, config, ctx, device)
             stopped = losses is None
         if losses:
-            save = save or losses["val"] < best_val_loss
-            best_val_loss = min(losses["val"], best_val_loss)
-            print(f"step {iter_num}: train loss {losses['train']:.4f},"
-                  f" val loss {losses['val']:.4f}", flush=True)
-            record = {"iter": iter_num, "train/loss": losses["train"], "val/loss": losses["val"],
-                      "lr": lr, "mfu": 100 * mfu}
+            train_loss, val_loss = losses["train"], losses["val"]
+            save = save or val_loss < best_val_loss
+            best_val_loss = min(val_loss, best_val_loss)
+            print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+            record = {"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss, "lr": lr,
+                      "mfu": 100 * mfu}
             log(config, record)
             if config.wandb_log and RANK == 0:
                 wandb.log(record)
@@ -664,14 +660,15 @@ def train(config, given):
             left = datetime.timedelta(seconds=round(dt * (config.max_iters - iter_num)))
             print(f"iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {mfu:.2%},"
                   f" {tokens_per_iter / dt:,.0f} tokens/s"
-                  + (f", {left} left" if iter_num > first_iter else ""), flush=True)
+                  + (f", {left} left" if iter_num > first_iter else ""))
             log(config, {"iter": iter_num, "loss": lossf, "lr": lr})
         iter_num += 1
         stopped = all_sum([len(SIGNALS)], device)[0] > 0
 
-    end = "stopped, continue with --init_from=resume" if stopped else "finished"
-    print(f"{end}: {iter_num} iterations, best val loss {best_val_loss:.4f},"
-          f" {path} has iteration {saved}")
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    print("stopped, continue with --init_from=resume:" if stopped else "finished:", iter_num,
+          f"iterations, best val loss {best_val_loss:.4f}, {path} has iteration {saved}")
     return 128 + (SIGNALS or [signal.SIGTERM])[0] if stopped else 0
 
 
@@ -692,14 +689,13 @@ def sample(config, given):
     device, ctx = init_device(config)
     if config.init_from == "scratch":
         config.init_from = "resume"
-    model, _ = init_model(config, given, device)
+    model = init_model(config, given, device)[0].eval()
     start = config.start
     if start.startswith("FILE:"):
         start = pathlib.Path(start[5:]).read_text(encoding="utf-8")
     encoding = gpt2_encoding()
     ids = encoding.encode(start, allowed_special="all") or [encoding.eot_token]
     x = torch.tensor([ids] * config.num_samples, device=device)
-    model.eval()
     with ctx:
         y = model.generate(x, config.max_new_tokens, config.temperature, config.top_k)
     for row in y.tolist():
@@ -710,8 +706,6 @@ def sample(config, given):
 def export(config, given):
     """Write out_dir's checkpoint to the folder --export, with its tokenizer, or nothing."""
     folder = pathlib.Path(config.export).absolute()
-    if folder.exists() and os.listdir(folder):
-        raise UserError(f"--export={config.export}: the folder is not empty")
     model, _ = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"))
     args = dataclasses.replace(model.config, bias=True,
                                vocab_size=min(model.config.vocab_size, GPT2_VOCAB_SIZE))
@@ -725,29 +719,30 @@ def export(config, given):
         safetensors.torch.save_file(transposed(state), new / "model.safetensors", {"format": "pt"})
         (new / "config.json").write_text(json.dumps(
             {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-            | {theirs: getattr(args, ours) for theirs, ours in GPT2_ARGS.items()}, indent=2))
+            | {theirs: getattr(args, ours) for theirs, ours in GPT2_ARGS.items()}))
         shutil.copy(GPT2_FILES / "encoder.json", new / "vocab.json")
         shutil.copy(GPT2_FILES / "vocab.bpe", new / "merges.txt")
-        os.replace(new, folder)
+        os.replace(new, folder)  # fails if folder has content
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
+    sys.stdout.reconfigure(line_buffering=True)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # one process prints
-    config, given = parse_flags(sys.argv[1:])
-    run = export if config.export else sample if config.sample else train
     try:
+        config, given = parse_flags(sys.argv[1:])
+        run = export if config.export else sample if config.sample else train
         sys.exit(run(config, given))
     except (UserError, OSError, UnicodeError, ImportError, torch.OutOfMemoryError) as error:
-        message = str(error)
+        sys.exit("train.py: " + textwrap.shorten(str(error), 400))
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise
-        message = f"lost another process of the job ({error})"
-    sys.exit("train.py: " + textwrap.shorten(message, 400))
+        print(f"train.py: lost another process of the job ({error})", file=sys.stderr)
+        os._exit(1)  # the usual exit may wait for that process
 
 
 if __name__ == "__main__":
