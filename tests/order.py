@@ -15,10 +15,8 @@ does when it stops at that merge; with 50256 nothing changes.
 import argparse
 import concurrent.futures
 import functools
-import json
 import os
 import pathlib
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -32,7 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
-from train import GPT, GPTConfig, read_checkpoint
+from train import GPT, GPTConfig, load_checkpoint, read_log
 
 ORDERS = ("shuffled", "in order")
 CUDA = torch.cuda.is_available()
@@ -74,12 +72,23 @@ def losses(model, sequences, device):
         ids = torch.full((len(batch), longest), -1)
         for row, i in enumerate(batch):
             ids[row, :len(sequences[i])] = torch.from_numpy(sequences[i].astype(np.int64))
-        logits = model(ids[:, :-1].clamp(min=0).to(device))
+        logits, _ = model(ids[:, :-1].clamp(min=0).to(device))
         every = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().to(device), ignore_index=-1,
                                 reduction="none").view(len(batch), -1).cpu().numpy()
         for row, i in enumerate(batch):
             found[i] = every[row, :len(sequences[i]) - 1]
     return found
+
+
+def untrained(shape, vocab_size, seed):
+    """A checkpoint before the first iteration, of a model with fewer tokens than GPT-2's."""
+    args = {name: int(shape[name]) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    args |= {"vocab_size": vocab_size, "bias": False, "dropout": 0.0}
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**args))
+    optimizers = model.configure_optimizers(0.1, 0.0, (0.9, 0.95), "cpu")
+    return {"model": model.state_dict(), "optimizer": optimizers["optimizer"].state_dict(),
+            "model_args": args, "iter_num": 0, "best_val_loss": float("inf"), "config": {}}
 
 
 def windows(ids, width):
@@ -90,9 +99,7 @@ def windows(ids, width):
 def measure(checkpoint, held_out, end, lengths):
     """(mean loss by reading, loss at each place of the longest windows) of the model in `checkpoint` on `held_out`."""
     device = "cuda" if CUDA else "cpu"
-    read = read_checkpoint(checkpoint, device)
-    model = GPT(GPTConfig(**read["model_args"])).to(device).eval()
-    model.load_state_dict(read["model"])
+    model = load_checkpoint(checkpoint)[0].to(device).eval()
     rows = np.split(held_out, np.flatnonzero(held_out[:-1] == end) + 1)
     rows = [np.append(np.uint16(end), row) for row in rows]
     width = model.config.block_size
@@ -161,17 +168,18 @@ def main():
         data.mkdir()
         (shuffled(head, end, seed) if order == "shuffled" else head).tofile(data / "train.bin")
         held_out.tofile(data / "val.bin")
-        (data / "meta.pkl").write_bytes(meta)
+        out.mkdir()
+        torch.save(untrained(shape, vocab_size, seed), out / "ckpt.pt")
         command = [sys.executable, "-u", str(TRAIN), f"--dataset={data}", f"--out_dir={out}", f"--seed={seed}",
-                   *(f"--{name}={value}" for name, value in shape.items())]
+                   "--init_from=resume", *(f"--{name}={value}" for name, value in shape.items())]
         with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, text=True,
                               stdout=subprocess.PIPE) as process:
             for line in process.stdout:
                 bar.update(int(shape["log_interval"]) * line.startswith("iter "))
         if process.returncode:
             raise SystemExit(f"train.py ended with {process.returncode}")
-        records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        curve = [(record["iter"] * step, record["val_loss"]) for record in records if "val_loss" in record]
+        curve = [(record["iter"] * step, record["val/loss"])
+                 for record in read_log(out / "log.jsonl") if "val/loss" in record]
         means, places = measure(out / "ckpt.pt", held_out, end, [width >> shift for shift in (6, 4, 2, 0)])
         return {"means": means, "places": places, "curve": curve}
 
@@ -180,8 +188,7 @@ def main():
         subprocess.run([sys.executable, SCRIPT, f"--source={flags.source}", f"--out_dir={work}", "--shuffle=False",
                         f"--test_size={flags.test_size}"], check=True, stdout=subprocess.DEVNULL)
         head, held_out = (spelled(np.fromfile(work / f"{name}.bin", "<u2"), end) for name in ("train", "val"))
-        names = [gpt2().decode([id]) for id in range(end)] + ["\n"]
-        meta = pickle.dumps({"vocab_size": -(-len(names) // 64) * 64, "stoi": {}, "itos": names})
+        vocab_size = -(-(end + 1) // 64) * 64  # a multiple of 64 is faster
         jobs = [(order, seed) for seed in range(1, flags.seeds + 1) for order in ORDERS]
         with tqdm(total=len(jobs) * (flags.iters + 1), unit="iter", desc="Training") as bar, \
                 concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:

@@ -48,7 +48,7 @@ def test_losses_are_those_of_each_sequence_alone():
     sequences = [IDS[first:first + length] for first, length in ((0, 17), (5, 2), (9, 9), (20, 17), (40, 3))]
     for found, ids in zip(order.losses(model, sequences, "cpu"), sequences, strict=True):
         ids = torch.from_numpy(ids.astype(np.int64))
-        wanted = -model(ids[None, :-1])[0].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+        wanted = -model(ids[None, :-1])[0][0].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
         torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=0)
 
 
@@ -69,6 +69,24 @@ def test_the_experiment_on_order(program, tmp_path):
         shuffled, ordered, gain = (float(re.match(r" *(-?[\d.]+) ±", cell)[1]) for cell in cells)
         assert 0 < ordered < np.log(300) + 0.5 and shuffled - ordered == pytest.approx(gain, abs=0.002)
     assert (tmp_path / "order.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_experiment_on_optimizers(program, tmp_path):
+    printed = program("optimizers.py", f"--source={SAMPLE}", "--test_size=0.2", "--iters=4",
+                      "--rates", "1e-3", "1e-2", "--seeds", "1", "--n_layer=1", "--n_embd=16",
+                      "--block_size=32", f"--picture={tmp_path / 'optimizers.png'}")
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    sweep = [row for row in rows if row[0].strip() in ("adamw", "muon")]
+    assert [[cell.strip() for cell in row[:2]] for row in sweep] == [
+        [name, rate] for name in ("adamw", "muon") for rate in ("0.001", "0.01")]
+    curve = [row for row in rows if row[0].strip().replace(",", "").isdigit()]
+    assert [row[0].strip() for row in curve] == ["0", "256", "512", "768", "1,024"]
+    for i, part in enumerate((sweep[:2], sweep[2:])):
+        final = min(float(row[2]) for row in part)  # the best rate is the one in the curve
+        assert float(curve[-1][1 + 2 * i]) == final < float(curve[0][1 + 2 * i])
+        assert sorted(seconds := [float(row[2 + 2 * i]) for row in curve]) == seconds
+    assert curve[0][1] == curve[0][3] and curve[1][1] != curve[1][3]
+    assert (tmp_path / "optimizers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_picture(program, prepare, tmp_path):
