@@ -3,9 +3,10 @@
     python tests/bench_train.py                              # a CPU: 4 layers of 128; a GPU: GPT-2's 124M
     python tests/bench_train.py --nanogpt=../nanoGPT         # the same for a clone of nanoGPT, in turns with ours
 
-Both run with the same flags on the same random-looking tokens, in turns, `--repeats` times each. On a GPU nanoGPT gets
-bfloat16 and compile as ours does; on a CPU what its README says: float32, not compiled. Prints the median of the times
-that the log lines give, the first ten left out, the ratio, the last losses and, on a GPU, utilisation and memory.
+Both run with the same flags on the same tokens, in turns, `--repeats` times each. On a GPU
+nanoGPT gets bfloat16 and compile as ours does; on a CPU what its README says: float32, not
+compiled. Prints the tokens per second by the median of the logged times, without the first ten,
+the mean of the last losses, the last log line, and the ratio.
 """
 import argparse
 import pathlib
@@ -20,19 +21,21 @@ import torch
 from conftest import SAMPLE, TRAIN, row_bytes
 
 CUDA = torch.cuda.is_available()
-SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12, gradient_accumulation_steps=5) if CUDA \
-    else dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, gradient_accumulation_steps=1)
+SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12,
+             gradient_accumulation_steps=5) if CUDA else dict(
+    n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, gradient_accumulation_steps=1)
 
 
 def measure(script, flags, folder):
-    """(median seconds an iteration, loss of the last ones in the mean, the last line) of a run of `script`."""
-    ended = subprocess.run([sys.executable, script, *flags], cwd=folder, capture_output=True, text=True)
+    """(median seconds an iteration, mean loss of the last 20, the last log line) of a run."""
+    ended = subprocess.run([sys.executable, script, *flags], cwd=folder, capture_output=True,
+                           text=True)
     if ended.returncode:
         sys.exit(f"{script} ended with {ended.returncode}: {ended.stderr}")
-    found = re.findall(r"^iter \d+: loss ([\d.]+), time ([\d.]+)ms.*", ended.stdout, re.MULTILINE)
-    seconds = statistics.median(float(time) / 1000 for _, time in found[10:])
-    loss = statistics.mean(float(loss) for loss, _ in found[-20:])
-    return seconds, loss, ended.stdout.strip().splitlines()[-1]
+    found = re.findall(r"^(iter \d+: loss ([\d.]+), time ([\d.]+)ms.*)", ended.stdout, re.M)
+    seconds = statistics.median(float(time) / 1000 for _, _, time in found[10:])
+    loss = statistics.mean(float(loss) for _, loss, _ in found[-20:])
+    return seconds, loss, found[-1][0]
 
 
 def main():
@@ -54,15 +57,18 @@ def main():
         if flags.nanogpt:
             for name in "train.py", "model.py", "configurator.py":
                 shutil.copy(flags.nanogpt / name, folder)
-            there = ["--device=cuda", "--compile=True"] if CUDA else ["--device=cpu", "--compile=False", "--dtype=float32"]
-            scripts["nanoGPT"] = (pathlib.Path(folder, "train.py"), [*shape, *there, "--dataset=bench", "--wandb_log=False"])
+            there = ["--device=cuda", "--compile=True"] if CUDA else [
+                "--device=cpu", "--compile=False", "--dtype=float32"]
+            scripts["nanoGPT"] = (pathlib.Path(folder, "train.py"), [
+                *shape, *there, "--dataset=bench", "--wandb_log=False"])
         tokens = SHAPE["batch_size"] * SHAPE["block_size"] * SHAPE["gradient_accumulation_steps"]
         rates = {name: [] for name in scripts}
         for _ in range(flags.repeats):
             for name, (script, arguments) in scripts.items():
                 seconds, loss, last = measure(script, arguments, folder)
                 rates[name].append(tokens / seconds)
-                print(f"{name:9} {tokens / seconds:10,.0f} tokens/s, loss {loss:.4f} at the end; {last}", flush=True)
+                print(f"{name:9} {tokens / seconds:10,.0f} tokens/s, final loss {loss:.4f}; {last}",
+                      flush=True)
         if flags.nanogpt:
             ours, theirs = (statistics.median(rates[name]) for name in ("train.py", "nanoGPT"))
             print(f"train.py sees {ours / theirs:.2f} times as many tokens a second as nanoGPT")

@@ -53,8 +53,8 @@ def small(words, dataset, out, more=()):
     """The flags of a command of train.py, of the same kind but on small data and a small model."""
     resumed = any(word == "--init_from=resume" for word in words)
     flags = [word for word in words if not word.startswith(("--dataset", "--out_dir", "--n_", "--block_size"))]
-    return [*flags, f"--dataset={dataset}", f"--out_dir={out}", "--device=cpu", *(SMALL[:4] if not more else more),
-            *LITTLE, *(["--max_iters=3"] if resumed else []), "--max_new_tokens=3"]
+    return [*flags, f"--dataset={dataset}", f"--out_dir={out}", "--device=cpu",
+            *(SMALL[:4] if not more else more), *LITTLE, *(["--max_iters=3"] if resumed else []), "--max_new_tokens=3"]
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python train.py")])
@@ -68,13 +68,19 @@ def test_training(line, command, letters, tmp_path):  # noqa: F811
             n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
         words[words.index("--init_from=gpt2")] = f"--init_from={tmp_path / 'gpt2'}"
         more = ["--block_size=16"]
-    if "--sample=True" in words or "--init_from=resume" in words:
-        arguments, environment = command(*small([], letters, tmp_path / "out"), script=ROOT / "train.py")
+    exported = [word.partition("=")[2] for word in words if word.startswith("--export=")]
+    if "--sample=True" in words or "--init_from=resume" in words or exported:
+        arguments, environment = command(*small([], letters, tmp_path / "out"),
+                                         script=ROOT / "train.py")
         run(arguments, environment, tmp_path)
     (tmp_path / "prompt.txt").write_text("the ")
-    arguments, environment = command(*small(words, letters, tmp_path / "out", more), script=ROOT / "train.py")
+    arguments, environment = command(*small(words, letters, tmp_path / "out", more),
+                                     script=ROOT / "train.py")
     printed = run(arguments, environment, tmp_path)
-    assert "---------------" in printed if "--sample=True" in words else "step " in printed
+    if exported:
+        assert (tmp_path / exported[0] / "model.safetensors").exists()
+    else:
+        assert "---------------" in printed if "--sample=True" in words else "step " in printed
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("torchrun")])
@@ -87,7 +93,8 @@ def test_torchrun(line, command, letters, tmp_path):  # noqa: F811
     line = re.sub(r"--nproc_per_node=8", f"--nproc_per_node={2 // nodes}", line)
     line = re.sub(r"10\.0\.0\.1:\d+", f"127.0.0.1:{port}", line)
     launch, _, flags = line.partition("train.py")
-    arguments, environment = command(*small(shlex.split(flags), letters, tmp_path / "out"), script=ROOT / "train.py")
+    arguments, environment = command(*small(shlex.split(flags), letters, tmp_path / "out"),
+                                     script=ROOT / "train.py")
     arguments[1:1] = ["-m", "torch.distributed.run", *shlex.split(launch)[1:]]
     started = [subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                for _ in range(nodes)]

@@ -181,8 +181,8 @@ def test_a_system_without_fork_and_most_signals(prepare, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path / "out") == oracle(rows)
     (tmp_path / "sitecustomize.py").write_text(LACKING.replace("register_at_fork", ""))  # torch asks for the system
-    ended = prepare(f"--dataset={tmp_path / 'out'}", f"--out_dir={tmp_path / 'model'}", *SMALL, "--max_iters=1",
-                    "--block_size=8", script=TRAIN, **lacking)
+    ended = prepare(f"--dataset={tmp_path / 'out'}", f"--out_dir={tmp_path / 'model'}", *SMALL,
+                    "--max_iters=1", "--block_size=8", script=TRAIN, **lacking)
     assert ended.returncode == 0 and (tmp_path / "model" / "ckpt.pt").exists(), ended.stderr
 
 
