@@ -1,7 +1,7 @@
-"""How many tokens a second train.py sees, on the machine at hand, alone or next to nanoGPT.
+"""How many tokens per second train.py trains on, on this machine, alone or next to nanoGPT.
 
-    python tests/bench_train.py                              # a CPU: 4 layers of 128; a GPU: GPT-2's 124M
-    python tests/bench_train.py --nanogpt=../nanoGPT         # the same for a clone of nanoGPT, in turns with ours
+    python tests/bench_train.py                        # a CPU: 4 layers of 128; a GPU: GPT-2 124M
+    python tests/bench_train.py --nanogpt=../nanoGPT   # in turns with a clone of nanoGPT
 
 Both run with the same flags on the same tokens, in turns, `--repeats` times each. On a GPU
 nanoGPT gets bfloat16 and compile as ours does; on a CPU what its README says: float32, not
@@ -39,7 +39,8 @@ def measure(script, flags, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=pathlib.Path, help="folder of a clone of nanoGPT")
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=2)
@@ -51,8 +52,9 @@ def main():
         for name in "train", "val":
             (data / f"{name}.bin").write_bytes(story * 20)
         shape = [f"--{key}={value}" for key, value in SHAPE.items()] + [
-            f"--max_iters={flags.iters}", "--eval_interval=100000", "--eval_iters=1", "--learning_rate=1e-3",
-            "--warmup_iters=20", f"--lr_decay_iters={flags.iters}", "--min_lr=1e-4"]
+            f"--max_iters={flags.iters}", "--eval_interval=100000", "--eval_iters=1",
+            "--learning_rate=1e-3", "--warmup_iters=20", f"--lr_decay_iters={flags.iters}",
+            "--min_lr=1e-4"]
         scripts = {"train.py": (TRAIN, [*shape, f"--dataset={data}", "--out_dir=out"])}
         if flags.nanogpt:
             for name in "train.py", "model.py", "configurator.py":

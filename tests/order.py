@@ -1,16 +1,18 @@
-"""What it costs to shuffle sentences: one small GPT, trained on the same books shuffled and in order.
+"""What it costs to shuffle sentences: a small GPT, trained on the same books shuffled and in order.
 
-    python tests/order.py --source=NOVELS.parquet  # two CPU cores: under an hour; larger, for a GPU:
-    python tests/order.py --source=NOVELS.parquet --vocabulary=50256 --n_layer=12 --n_head=12 --n_embd=768 --iters=5000
+    python tests/order.py --source=NOVELS.parquet        # two CPU cores: under an hour
+    python tests/order.py --source=NOVELS.parquet --vocabulary=50256 --n_layer=12 --n_head=12 \\
+        --n_embd=768 --iters=5000                        # larger, for a GPU
 
-prepare.py makes tokens of `--source` with --shuffle=False: train.bin is its head, val.bin the books at its tail. For each
-of `--seeds` train.py then learns twice, with the same flags, for the same number of tokens: from that train.bin, and from
-one with the same rows permuted as train_test_split does it. Both models read the tail, in order in windows of several
-lengths and each sentence alone, and every token of it counts once each time. Prints the losses as Markdown and draws the
-curves to `--picture`. Flags that this program does not know go to train.py.
+prepare.py tokenizes --source with --shuffle=False: train.bin is its head, val.bin the books at its
+tail. For each of --seeds train.py then trains twice, with the same flags and for the same number
+of tokens: on that train.bin, and on one with the same rows permuted as train_test_split does it.
+Both models read the tail, in order in windows of several lengths and each sentence alone, and
+every token of it counts once each time. Prints the losses as Markdown and draws the curves to
+--picture. Flags that this program does not know go to train.py.
 
-The head of a small GPT costs most of its time, so ids from `--vocabulary` on are spelled with the ids below it, as BPE
-does when it stops at that merge; with 50256 nothing changes.
+The head of a small GPT costs most of its time, so ids from --vocabulary on are spelled with the
+ids below it, as BPE does when it stops at that merge; with 50256 nothing changes.
 """
 import argparse
 import concurrent.futures
@@ -34,16 +36,19 @@ from train import GPT, GPTConfig, load_checkpoint, read_log
 
 ORDERS = ("shuffled", "in order")
 CUDA = torch.cuda.is_available()
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 96, "block_size": 512, "batch_size": 32, "gradient_accumulation_steps": 1,
-         "learning_rate": 3e-3, "min_lr": 3e-4, "warmup_iters": 50, "eval_iters": 4, "log_interval": 10}
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 96, "block_size": 512, "batch_size": 32,
+         "gradient_accumulation_steps": 1, "learning_rate": 3e-3, "min_lr": 3e-4,
+         "warmup_iters": 50, "eval_iters": 4, "log_interval": 10}
 
 
 @functools.cache
 def spelling(size):
-    """For each of GPT-2's ids the list of those below `size` that spell it, which is its own below it; `size` ends a row."""
+    """For each of GPT-2's ids, the list of ids below `size` that spell it; `size` ends a row."""
+    ranks = {token: id for token, id in gpt2()._mergeable_ranks.items() if id < size}
     small = tiktoken.Encoding("small", pat_str=gpt2()._pat_str, special_tokens={},
-                              mergeable_ranks={token: id for token, id in gpt2()._mergeable_ranks.items() if id < size})
-    return [small._encode_single_piece(gpt2().decode_single_token_bytes(id)) for id in range(50256)] + [[size]]
+                              mergeable_ranks=ranks)
+    return [small._encode_single_piece(gpt2().decode_single_token_bytes(id))
+            for id in range(50256)] + [[size]]
 
 
 def spelled(ids, size):
@@ -51,20 +56,22 @@ def spelled(ids, size):
     lengths = np.array([len(word) for word in spelling(size)])
     letters, firsts = np.concatenate(spelling(size)).astype("<u2"), np.cumsum(lengths) - lengths
     lengths, firsts = lengths[ids], firsts[ids]
-    return letters[np.repeat(firsts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())]
+    shifts = np.repeat(firsts - np.cumsum(lengths) + lengths, lengths)
+    return letters[shifts + np.arange(lengths.sum())]
 
 
 def shuffled(ids, end, seed):
-    """The rows of `ids`, each closed by the id `end`, permuted as train_test_split permutes rows."""
+    """The rows of `ids`, each closed by the id `end`, permuted as by train_test_split."""
     rows = np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]
     return np.concatenate([rows[i] for i in np.random.default_rng(seed).permutation(len(rows))])
 
 
 @torch.no_grad()
 def losses(model, sequences, device):
-    """The cross entropy, nats, float32, of each token but the first of each of `sequences`, int arrays, in their order."""
+    """For each of `sequences`, int arrays, the loss of its tokens but the first, float32, nats."""
     found, width = [None] * len(sequences), model.config.block_size
-    order = np.argsort([len(sequence) for sequence in sequences], kind="stable")  # alike in length: little padding
+    # sorted by length: little padding
+    order = np.argsort([len(sequence) for sequence in sequences], kind="stable")
     while len(order):
         longest = min(len(sequences[order[min(len(order), 256) - 1]]) - 1, width)
         batch, order = np.split(order, [max(1, 8 * width // longest)])
@@ -73,8 +80,9 @@ def losses(model, sequences, device):
         for row, i in enumerate(batch):
             ids[row, :len(sequences[i])] = torch.from_numpy(sequences[i].astype(np.int64))
         logits, _ = model(ids[:, :-1].clamp(min=0).to(device))
-        every = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().to(device), ignore_index=-1,
-                                reduction="none").view(len(batch), -1).cpu().numpy()
+        every = F.cross_entropy(
+            logits.flatten(0, 1).float(), ids[:, 1:].flatten().to(device), ignore_index=-1,
+            reduction="none").view(len(batch), -1).cpu().numpy()
         for row, i in enumerate(batch):
             found[i] = every[row, :len(sequences[i]) - 1]
     return found
@@ -97,15 +105,16 @@ def windows(ids, width):
 
 
 def measure(checkpoint, held_out, end, lengths):
-    """(mean loss by reading, loss at each place of the longest windows) of the model in `checkpoint` on `held_out`."""
+    """(mean loss by reading, loss by place in the longest windows) of a model on `held_out`."""
     device = "cuda" if CUDA else "cpu"
     model = load_checkpoint(checkpoint)[0].to(device).eval()
     rows = np.split(held_out, np.flatnonzero(held_out[:-1] == end) + 1)
     rows = [np.append(np.uint16(end), row) for row in rows]
     width = model.config.block_size
-    readings = {f"in order, {length} tokens of context": losses(model, windows(held_out, length), device)
-                for length in lengths}
-    places = np.mean([every for every in readings[f"in order, {width} tokens of context"] if len(every) == width], axis=0)
+    readings = {f"in order, {length} tokens of context":
+                losses(model, windows(held_out, length), device) for length in lengths}
+    longest = readings[f"in order, {width} tokens of context"]
+    places = np.mean([every for every in longest if len(every) == width], axis=0)
     alone = losses(model, [window for row in rows for window in windows(row, width)], device)
     alone[0] = alone[0][1:]  # the very first token has nothing before it in the other readings
     readings["alone, a sentence at a time"] = alone
@@ -118,15 +127,16 @@ def spread(values):
 
 
 def table(label, of, parts):
-    """Print as Markdown, for each (name, pick) of `parts`, pick(result) of the results in `of` over the seeds."""
-    print(f"\n| {label} | trained shuffled | trained in order | gain from order |\n| --- | ---: | ---: | ---: |")
+    """Print as Markdown, for each (name, pick) of `parts`, pick(result) over the seeds."""
+    print(f"\n| {label} | trained shuffled | trained in order | gain from order |\n"
+          "| --- | ---: | ---: | ---: |")
     for name, pick in parts:
         a, b = (np.array([pick(result) for result in of[order]]) for order in ORDERS)
         print(f"| {name} | {spread(a)} | {spread(b)} | {spread(a - b)} |")
 
 
 def draw(path, of):
-    """Loss on the held-out books by tokens seen, and by place in the context, to the picture `path`."""
+    """Draw the loss on the held-out books by tokens seen, and by place in the context."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -136,9 +146,11 @@ def draw(path, of):
             style = {"color": colour, "label": order if i == 0 else None, "alpha": 0.8}
             left.plot(*zip(*result["curve"][1:]), **style)
             edges = np.unique(np.geomspace(1, len(result["places"]) + 1, 17).astype(int))
-            means = [result["places"][low - 1:high - 1].mean() for low, high in zip(edges, edges[1:])]
+            means = [result["places"][low - 1:high - 1].mean()
+                     for low, high in zip(edges, edges[1:])]
             right.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, **style)
-    left.set(xlabel="tokens seen in training", ylabel="loss on held-out books in order, nats a token")
+    left.set(xlabel="tokens seen in training",
+             ylabel="loss on held-out books in order (nats per token)")
     right.set(xlabel="place in the context, tokens", xscale="log")
     left.legend(title="trained")
     figure.tight_layout()
@@ -146,33 +158,40 @@ def draw(path, of):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="books in order, a sentence a row, as prepare.py takes them")
-    parser.add_argument("--test_size", default=0.02, help="share of the rows that is held out at the tail")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="books in order, one sentence per row")
+    parser.add_argument("--test_size", default=0.02, help="share of the rows held out at the tail")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--iters", type=int, default=500)
-    parser.add_argument("--vocabulary", type=int, default=4096, help="of GPT-2's ids, how many are kept")
+    parser.add_argument("--vocabulary", type=int, default=4096,
+                        help="how many of GPT-2's ids to keep")
     parser.add_argument("--jobs", type=int, default=1 if CUDA else 2, help="runs side by side")
-    parser.add_argument("--picture", type=pathlib.Path, default=ROOT / "data" / "bookcorpus" / "order.png")
+    parser.add_argument("--picture", type=pathlib.Path,
+                        default=ROOT / "data" / "bookcorpus" / "order.png")
     flags, others = parser.parse_known_args()
-    shape = {**SHAPE, "max_iters": flags.iters, "lr_decay_iters": flags.iters, "eval_interval": max(1, flags.iters // 10)}
+    shape = {**SHAPE, "max_iters": flags.iters, "lr_decay_iters": flags.iters,
+             "eval_interval": max(1, flags.iters // 10)}
     shape |= dict(word.removeprefix("--").split("=", 1) for word in others)
     width, end, began = int(shape["block_size"]), flags.vocabulary, time.monotonic()
-    step = int(shape["batch_size"]) * int(shape["gradient_accumulation_steps"]) * width  # tokens of an iteration
+    # tokens per iteration
+    step = int(shape["batch_size"]) * int(shape["gradient_accumulation_steps"]) * width
     threads = max(1, os.cpu_count() // flags.jobs)
     torch.set_num_threads(threads)
 
     def run(order, seed):
-        """Train and measure: the mean losses, those by place in the context, and the curve, as a dict."""
+        """Train and measure; a dict of mean losses, losses by place in the context, and curve."""
         data, out = work / f"{order} {seed}", work / f"out {order} {seed}"
         data.mkdir()
         (shuffled(head, end, seed) if order == "shuffled" else head).tofile(data / "train.bin")
         held_out.tofile(data / "val.bin")
         out.mkdir()
         torch.save(untrained(shape, vocab_size, seed), out / "ckpt.pt")
-        command = [sys.executable, "-u", str(TRAIN), f"--dataset={data}", f"--out_dir={out}", f"--seed={seed}",
-                   "--init_from=resume", *(f"--{name}={value}" for name, value in shape.items())]
-        with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, text=True,
+        command = [sys.executable, "-u", str(TRAIN), f"--dataset={data}", f"--out_dir={out}",
+                   f"--seed={seed}", "--init_from=resume",
+                   *(f"--{name}={value}" for name, value in shape.items())]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with subprocess.Popen(command, env=environment, text=True,
                               stdout=subprocess.PIPE) as process:
             for line in process.stdout:
                 bar.update(int(shape["log_interval"]) * line.startswith("iter "))
@@ -180,14 +199,17 @@ def main():
             raise SystemExit(f"train.py ended with {process.returncode}")
         curve = [(record["iter"] * step, record["val/loss"])
                  for record in read_log(out / "log.jsonl") if "val/loss" in record]
-        means, places = measure(out / "ckpt.pt", held_out, end, [width >> shift for shift in (6, 4, 2, 0)])
+        means, places = measure(out / "ckpt.pt", held_out, end,
+                                [width >> shift for shift in (6, 4, 2, 0)])
         return {"means": means, "places": places, "curve": curve}
 
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
-        subprocess.run([sys.executable, SCRIPT, f"--source={flags.source}", f"--out_dir={work}", "--shuffle=False",
-                        f"--test_size={flags.test_size}"], check=True, stdout=subprocess.DEVNULL)
-        head, held_out = (spelled(np.fromfile(work / f"{name}.bin", "<u2"), end) for name in ("train", "val"))
+        subprocess.run([sys.executable, SCRIPT, f"--source={flags.source}", f"--out_dir={work}",
+                        "--shuffle=False", f"--test_size={flags.test_size}"],
+                       check=True, stdout=subprocess.DEVNULL)
+        head, held_out = (spelled(np.fromfile(work / f"{name}.bin", "<u2"), end)
+                          for name in ("train", "val"))
         vocab_size = -(-(end + 1) // 64) * 64  # a multiple of 64 is faster
         jobs = [(order, seed) for seed in range(1, flags.seeds + 1) for order in ORDERS]
         with tqdm(total=len(jobs) * (flags.iters + 1), unit="iter", desc="Training") as bar, \
@@ -195,8 +217,9 @@ def main():
             results = list(pool.map(lambda job: run(*job), jobs))
     of = {order: results[i::len(ORDERS)] for i, order in enumerate(ORDERS)}
     draw(flags.picture, of)
-    print(f"{flags.seeds} seeds, {flags.iters * step:,} tokens seen by each, {len(head):,} in the head, {len(held_out):,}"
-          f" held out; {shape['n_layer']} layers of {shape['n_embd']}, {end:,} of GPT-2's ids;"
+    print(f"{flags.seeds} seeds, {flags.iters * step:,} tokens seen by each, {len(head):,} in the"
+          f" head, {len(held_out):,} held out; {shape['n_layer']} layers of {shape['n_embd']},"
+          f" {end:,} of GPT-2's ids;"
           f" {(time.monotonic() - began) / 60:.0f} min")
     table("held-out books, read", of, [(name, lambda result, name=name: result["means"][name])
                                        for name in results[0]["means"]])
@@ -204,7 +227,8 @@ def main():
                               for i, (seen, _) in enumerate(results[0]["curve"]) if i])
     edges = np.unique([0] + [width >> shift for shift in range(7)])
     table("place in the context", of, [
-        (f"{low + 1} to {high}", lambda result, part=slice(low, high): result["places"][part].mean())
+        (f"{low + 1} to {high}",
+         lambda result, part=slice(low, high): result["places"][part].mean())
         for low, high in zip(edges, edges[1:])])
 
 
