@@ -665,8 +665,6 @@ def train(config, given):
         iter_num += 1
         stopped = all_sum([len(SIGNALS)], device)[0] > 0
 
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
     print("stopped, continue with --init_from=resume:" if stopped else "finished:", iter_num,
           f"iterations, best val loss {best_val_loss:.4f}, {path} has iteration {saved}")
     return 128 + (SIGNALS or [signal.SIGTERM])[0] if stopped else 0
@@ -735,7 +733,10 @@ def main():
     try:
         config, given = parse_flags(sys.argv[1:])
         run = export if config.export else sample if config.sample else train
-        sys.exit(run(config, given))
+        status = run(config, given)
+        if dist.is_initialized():  # not before train() has freed DDP, whose destructor can deadlock
+            dist.destroy_process_group()
+        sys.exit(status)
     except (UserError, OSError, UnicodeError, ImportError, torch.OutOfMemoryError) as error:
         sys.exit("train.py: " + textwrap.shorten(str(error), 400))
     except RuntimeError as error:
