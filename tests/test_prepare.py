@@ -140,7 +140,7 @@ def as_folder(path):
     (path / "sub").mkdir()
     parquet(path / "sub" / "c.parquet", ["last"])
     parquet(path / "a.parquet", SENTENCES[:200])
-    for name in "notes.md", "README.txt", "LICENSE", ".hidden.parquet":
+    for name in "notes.md", "README.txt", "LICENSE", ".hidden.parquet", "cache-1.arrow":
         (path / name).write_text("not a row")
     return path
 
@@ -308,12 +308,13 @@ BAD_SOURCES = {
     "b.txt": (lambda path: path.touch(), "at least one example"),
     "a.jsonl": (lambda path: path.write_text('{"text": "x"}\n{"text": "y'), "Trailing data at position 13"),
     "b.jsonl": (lambda path: path.write_text('{"text": "x"}\n{"txet": "y"}\n'), "row 1 (counted from 0) is null"),
+    "a.csv": (lambda path: path.write_text("text\n"), '"train" corresponds to no data'),
     "a.rows": (lambda path: path.write_text("x\ny\n"), "with any supported extension ['.csv', "),
     "empty": (lambda path: path.mkdir(), "doesn't contain any data files"),
     "mixed": (lambda path: (path.mkdir(), (path / "a.txt").touch(), (path / "notes.json").touch()),
-              "files of more than one format: "),
-    "zipped": (lambda path: (path.mkdir(), (path / "a.txt.gz").touch(), (path / "b.json.gz").touch()),
-               "files of more than one format: "),
+              "more than one format: "),
+    "zipped": (lambda path: (path.mkdir(), (path / "a.txt.xz").touch(), (path / "b.json.xz").touch()),
+               "more than one format: "),
     "gone.parquet": (lambda path: None, "Couldn't find any data file"),
     "gone/*.txt": (lambda path: None, "Couldn't find any data file"),
 }
@@ -334,7 +335,7 @@ def test_the_files_that_a_folder_would_leave_out_are_named(refused, tmp_path):
     for name in "a.txt", "b.txt", "notes.json":
         (tmp_path / name).write_text("[]")
     line = refused(f"--source={tmp_path}", f"--out_dir={tmp_path / 'out'}")
-    assert str(tmp_path / "notes.json") in line and "--source='FOLDER/*.ENDING'" in line
+    assert str(tmp_path / "notes.json") in line and "use a glob for one" in line
 
 
 def test_the_bad_file_of_many(prepare, tmp_path):

@@ -38,11 +38,11 @@ from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOOKCORPUS = "SamuelYang/bookcorpus"  # 74,004,228 rows, one sentence each, 4.85 GB of text
-NOT_DATA = r"(?i)readme|license|.*\.md$|(dataset_info|dataset_dict|state)\.json$"  # in a folder
-HUB_RETRIES = 5
+# files of a folder that are not loaded, the last ones written by save_to_disk of `datasets`
+NOT_DATA = r"(?i)(readme|license)(\.\w+)?$|.*\.md$|(dataset_\w+|state)\.json$|cache-.*\.arrow$"
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = 50256
-# SHA-256, the same as in tiktoken_ext/openai_public.py
+# SHA-256, as in tiktoken_ext/openai_public.py
 VOCABULARY = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 CACHE_BYTES = 16 << 20  # tokens of known words per worker: about 1.3 million words
@@ -88,10 +88,10 @@ def find_files(source):
     else:
         names = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
     files = sorted(os.path.abspath(name) for name in names if os.path.isfile(name))
-    formats = {re.search(r"(\.[a-z]+)?(\.gz|\.zst)?$", file.lower())[0]: file for file in files}
+    ending = r"(\.[a-z]+)?(\.(gz|zst|xz|bz2|lz4))?$"
+    formats = {re.search(ending, file.lower())[0]: file for file in files}
     if len(formats) > 1:
-        raise ValueError(f"files of more than one format: {', '.join(formats.values())};"
-                         " choose with --source='FOLDER/*.ENDING'")
+        raise ValueError(f"more than one format: {', '.join(formats.values())}; use a glob for one")
     return files
 
 
@@ -101,22 +101,34 @@ def load(source, work, num_proc):
     if files := find_files(source):
         # from the empty folder `work`: beside the files `datasets` could find a dataset card
         where = {"path": str(work), "data_files": [glob.escape(file) for file in files]}
-    for attempt in range(HUB_RETRIES + 1):
+    for attempt in range(6):
         try:
             # 100,000 rows per record batch: 17 s at full size, 27 s with the default of 1,000
             rows = datasets.load_dataset(
                 **where, split="train", num_proc=num_proc, writer_batch_size=100_000,
                 download_config=datasets.DownloadConfig(num_proc=1))
             break
-        except HfHubHTTPError as error:  # huggingface_hub retries all but a download on 5xx
-            if error.response.status_code < 500 or attempt == HUB_RETRIES:
+        except HfHubHTTPError as error:  # huggingface_hub retries, but not a download on 5xx
+            if error.response.status_code < 500 or attempt == 5:
                 raise
             time.sleep(2 ** attempt)
-    if rows.features.get("text") not in map(datasets.Value, ("string", "large_string")):
+    strings = datasets.Value("string"), datasets.Value("large_string")
+    if rows.features.get("text") not in strings:
         raise ValueError(f"expected a column 'text' of strings, got {rows.features}")
     if (null := pc.index(rows.data["text"].is_null(), True).as_py()) >= 0:
         raise ValueError(f"row {null:,} (counted from 0) is null")
     return rows.select_columns("text").with_format("arrow")
+
+
+def refuse_to_replace(out_dir, origin):
+    """Raise ValueError if train.bin or val.bin in `out_dir` was not made from `origin`."""
+    try:
+        made_from = json.loads((out_dir / "stats.json").read_text())["origin"]
+    except (OSError, ValueError, LookupError, TypeError):
+        made_from = "unknown data"
+    if made_from != origin and any((out_dir / name).exists() for name in ("train.bin", "val.bin")):
+        raise ValueError(f"{out_dir} has files of another origin; use another --out_dir or"
+                         f" --overwrite=True (made from {made_from}, not {origin})")
 
 
 class RowNumbers(datasets.Dataset):
@@ -141,13 +153,24 @@ def gpt2():
                              special_tokens={"<|endoftext|>": END_OF_TEXT})
 
 
+def offsets(array):
+    """The n + 1 byte offsets, int32, of a pa.StringArray or pa.BinaryArray of n rows."""
+    return np.frombuffer(array.buffers()[1], np.int32)[array.offset:][:len(array) + 1]
+
+
+def binary_array(bounds, data):
+    """pa.BinaryArray whose row i is data[bounds[i]:bounds[i + 1]], without copying."""
+    buffers = [None, pa.py_buffer(bounds.astype(np.int32)), pa.py_buffer(data)]
+    return pa.BinaryArray.from_buffers(pa.binary(), len(bounds) - 1, buffers)
+
+
 @functools.cache  # one per worker process
 class Words:
-    """GPT-2's BPE with every distinct word encoded once.
+    r"""GPT-2's BPE with every distinct word encoded once.
 
     GPT-2's pattern splits text into pieces, and BPE never merges across pieces. A space before a
-    character that is not white space always starts a piece: ` ?\\p{L}+` and the like include it,
-    and `\\s+(?!\\S)` leaves it out. The pattern has no lookbehind. So the tokens of a row are those
+    character that is not white space always starts a piece: ` ?\p{L}+` and the like include it,
+    and `\s+(?!\S)` leaves it out. The pattern has no lookbehind. So the tokens of a row are those
     of its words in turn, where a word starts at each space before a printable ASCII character.
     tiktoken alone encodes 7 to 20 MB/s per core, this 36 to 97.
     """
@@ -158,42 +181,32 @@ class Words:
 
     def encode(self, text):
         """pa.StringArray of n rows -> pa.BinaryArray of n rows: uint16 tokens, END_OF_TEXT last."""
-        ends = offsets(text)
-        data = np.frombuffer(text.buffers()[2] or b"", np.uint8)[ends[0]:ends[-1]]
-        ends = ends - ends[0]
+        bounds = offsets(text)
+        data = np.frombuffer(text.buffers()[2] or b"", np.uint8)[bounds[0]:bounds[-1]]
+        bounds = bounds - bounds[0]
         is_start = np.zeros(len(data) + 1, bool)
-        np.logical_and(data[:-1] == ord(" "), data[1:] - np.uint8(33) < 94, out=is_start[:-2])
-        is_start[ends[1:] - 1] = False  # what follows a space at the end of a row is the next row
-        is_start[ends[:-1]] = True
-        is_start[-1] = False
-        # every row end occurs twice, so that an empty word follows the last word of the row
-        cuts = np.concatenate([np.flatnonzero(is_start), ends[1:], ends[-1:]])
+        is_start[:-2] = (data[:-1] == ord(" ")) & (data[1:] > 32) & (data[1:] < 127)
+        is_start[bounds[1:] - 1] = False  # a space that ends a row is not before text of that row
+        is_start[bounds[:-1]] = True
+        is_start[-1] = False  # set by an empty last row
+        # two cuts at the end of each row: the empty word between them becomes END_OF_TEXT
+        cuts = np.concatenate([np.flatnonzero(is_start), bounds[1:], bounds[-1:]])
         words = binary_array(np.sort(cuts, kind="stable"), data).dictionary_encode()
         index = self.look_up(words.dictionary.to_pylist())[words.indices.to_numpy()]
         tokens = self.tokens.take(pa.array(index))
-        return binary_array(np.append(0, offsets(tokens)[1:][index == 0]), tokens.buffers()[2])
+        row_ends = offsets(tokens)[1:][index == 0]
+        return binary_array(np.append(0, row_ends), tokens.buffers()[2])
 
     def look_up(self, words):
-        """Rows of self.tokens, an int array, for `words`, a list of bytes; encodes new ones."""
+        """Row in self.tokens of each of the distinct `words`, a list of bytes; encodes new ones."""
         if self.tokens.nbytes > CACHE_BYTES:
-            self.__init__()
-        known, encode = len(self.index), gpt2().encode_ordinary
+            self.__init__()  # forget all words
+        known = len(self.index)
         index = np.array([self.index.setdefault(word, len(self.index)) for word in words])
-        new = [np.array(encode(words[i].decode()), TOKEN).tobytes()
+        new = [np.array(gpt2().encode_ordinary(words[i].decode()), TOKEN).tobytes()
                for i in np.flatnonzero(index >= known)]
         self.tokens = pa.concat_arrays([self.tokens, pa.array(new, pa.binary())])
         return index
-
-
-def offsets(array):
-    """The n + 1 byte offsets, int32, of a pa.StringArray or pa.BinaryArray of n rows."""
-    return np.frombuffer(array.buffers()[1], np.int32)[array.offset:][:len(array) + 1]
-
-
-def binary_array(offsets, data):
-    """pa.BinaryArray whose row i is data[offsets[i]:offsets[i + 1]], without copying."""
-    buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(data)]
-    return pa.BinaryArray.from_buffers(pa.binary(), len(offsets) - 1, buffers)
 
 
 def tokenize(batch):
@@ -209,7 +222,7 @@ def take(chunks, rows):
     bounds = np.searchsorted(rows, firsts, sorter=order)
     parts = [chunk.take(pa.array(rows[order[low:high]] - first))
              for chunk, first, low, high in zip(chunks, firsts, bounds, bounds[1:])]
-    return pa.concat_arrays(parts).take(pa.array(np.argsort(order)))
+    return pa.concat_arrays(parts).take(pa.array(np.argsort(order)))  # in the order of `rows`
 
 
 def write(path, chunks, rows, lengths, known, pool):
@@ -223,8 +236,8 @@ def write(path, chunks, rows, lengths, known, pool):
     n_shards = out.nbytes // SHARD_BYTES + 1
     ends = np.cumsum([0, *map(np.sum, np.array_split(lengths, n_shards))])
 
-    def write_shard(rows, start, end):
-        shard = take(chunks, rows)
+    def write_shard(shard_rows, start, end):
+        shard = take(chunks, shard_rows)
         out[start:end] = np.frombuffer(shard.buffers()[2], TOKEN)[:end - start]
         return out[start:end], pc.index_in(shard, known).drop_null()
 
@@ -257,8 +270,8 @@ def write_splits(work, chunks, train, val, num_proc):
 
 
 def publish(work, out_dir):
-    """Move the finished files to `out_dir`, and first those that they replace to work/old: a kill
-    can leave a file missing, but no old file beside a new one. On OSError all are moved back.
+    """Move the new files to `out_dir`, after moving those that they replace to work/old. On
+    OSError all moves are undone. A kill can leave a file missing, but no old one beside a new one.
     """
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
@@ -273,94 +286,6 @@ def publish(work, out_dir):
             for source, target in reversed(moves[:i]):
                 os.replace(target, source)
             raise
-
-
-class Pool(multiprocess.pool.Pool):
-    """A pool that ends within 2 s, even if a worker was killed while it held a lock of the pool."""
-
-    def terminate(self):
-        ending = threading.Thread(target=super().terminate, daemon=True)
-        ending.start()
-        ending.join(2)
-        for worker in self._pool:
-            worker.kill()
-
-    join = terminate
-
-
-def start_worker(_):
-    """In a new process: leave Ctrl-C to the main process, and exit when that has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def exit_with_parent():
-        multiprocess.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def set_up_processes(folder):
-    """Make Ctrl-C and SIGTERM end this process and its workers at once, and `datasets` use Pool. A
-    run can end at any point: unfinished work is in `folder` only, which the next run clears.
-    """
-    main_process = os.getpid()
-
-    def stop(number, frame):
-        if os.getpid() == main_process:  # not in a worker that was forked just now
-            for worker in multiprocess.active_children():
-                worker.kill()
-            shutil.rmtree(folder, ignore_errors=True)
-        os._exit(128 + number)
-
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, stop)
-    multiprocess.pool.Pool = Pool
-
-
-def refuse_to_replace(out_dir, origin):
-    """Raise FileExistsError if train.bin or val.bin in `out_dir` was not made from `origin`."""
-    try:
-        made_from = json.loads((out_dir / "stats.json").read_text())["origin"]
-    except (OSError, ValueError, LookupError, TypeError):
-        made_from = "unknown data"
-    if made_from != origin and any((out_dir / name).exists() for name in ("train.bin", "val.bin")):
-        raise FileExistsError(f"{out_dir} has files of another origin; use another --out_dir or"
-                              f" --overwrite=True (made from {made_from}, not {origin})")
-
-
-def prepare(flags, work):
-    """Load, split, tokenize and write. Returns the content of stats.json, a dict."""
-    started = time.perf_counter()
-    rows = load(flags.source, work, flags.num_proc)
-    n, source = len(rows), flags.source
-    text_bytes = sum(pc.sum(pc.binary_length(chunk), min_count=0).as_py()
-                     for chunk in rows.data["text"].chunks) or 1
-    origin = {"source": os.path.abspath(source) if os.path.exists(source) else source,
-              "rows": n, "bytes": text_bytes, "test_size": flags.test_size, "seed": flags.seed,
-              "shuffle": flags.shuffle}
-    if not flags.overwrite:
-        refuse_to_replace(flags.out_dir, origin)
-    # tokens.arrow, train.bin and val.bin took 1.1 times the text of a corpus like BookCorpus
-    if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
-        raise OSError(f"{free:,} bytes free in {work}, about {1.2 * text_bytes:,.0f} needed")
-    splits = RowNumbers(rows.data, fingerprint="rows").train_test_split(
-        flags.test_size, seed=flags.seed, shuffle=flags.shuffle, load_from_cache_file=False)
-    train, val = (splits[name].data["row"].to_numpy() for name in ("train", "test"))
-    batch_size = max(1, min(100_000, BATCH_BYTES * n // text_bytes))
-    tokenized = rows.map(
-        tokenize, batched=True, batch_size=batch_size, writer_batch_size=batch_size,
-        num_proc=flags.num_proc, remove_columns="text", new_fingerprint="tokens",
-        cache_file_name=str(work / "tokens.arrow"), load_from_cache_file=False, desc="Tokenizing")
-    stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc)
-    count = stats["train"]["tokens"] + stats["val"]["tokens"]
-    stats |= {"bytes of text per token": round(text_bytes / count, 3),
-              "seconds": round(time.perf_counter() - started, 1), "origin": origin}
-    (work / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-    publish(work, flags.out_dir)
-    if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
-        update_readme(work / "readme.md", summary(stats))
-    return stats
 
 
 def summary(stats):
@@ -381,10 +306,85 @@ def update_readme(new, block):
     os.replace(new, HERE / "readme.md")
 
 
+def prepare(flags, work):
+    """Load, split, tokenize and write. Returns the content of stats.json, a dict."""
+    started = time.perf_counter()
+    rows = load(flags.source, work, flags.num_proc)
+    n, source = len(rows), flags.source
+    text_bytes = sum(pc.sum(pc.binary_length(chunk), min_count=0).as_py()
+                     for chunk in rows.data["text"].chunks) or 1
+    origin = {"source": os.path.abspath(source) if os.path.exists(source) else source,
+              "rows": n, "bytes": text_bytes, "test_size": flags.test_size, "seed": flags.seed,
+              "shuffle": flags.shuffle}
+    if not flags.overwrite:
+        refuse_to_replace(flags.out_dir, origin)
+    # tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text of BookCorpus
+    if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
+        raise RuntimeError(f"{free:,} bytes free in {work}, about {1.2 * text_bytes:,.0f} needed")
+    splits = RowNumbers(rows.data, fingerprint="rows").train_test_split(
+        flags.test_size, seed=flags.seed, shuffle=flags.shuffle, load_from_cache_file=False)
+    train, val = (splits[name].data["row"].to_numpy() for name in ("train", "test"))
+    batch_size = max(1, min(100_000, BATCH_BYTES * n // text_bytes))
+    tokenized = rows.map(
+        tokenize, batched=True, batch_size=batch_size, writer_batch_size=batch_size,
+        num_proc=flags.num_proc, remove_columns="text", new_fingerprint="tokens",
+        cache_file_name=str(work / "tokens.arrow"), load_from_cache_file=False, desc="Tokenizing")
+    stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc)
+    count = stats["train"]["tokens"] + stats["val"]["tokens"]
+    stats |= {"bytes of text per token": round(text_bytes / count, 3),
+              "seconds": round(time.perf_counter() - started, 1), "origin": origin}
+    (work / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    publish(work, flags.out_dir)
+    if source == BOOKCORPUS and flags.out_dir.samefile(HERE):
+        update_readme(work / "readme.md", summary(stats))
+    return stats
+
+
+class Pool(multiprocess.pool.Pool):
+    """A pool that ends within 2 s, even if a worker was killed while it held a lock of the pool."""
+
+    def terminate(self):
+        ending = threading.Thread(target=super().terminate, daemon=True)
+        ending.start()
+        ending.join(2)
+        for worker in self._pool:
+            worker.kill()
+
+    join = terminate  # `datasets` joins a pool only when it has all the results
+
+
+def start_worker(_):
+    """In a worker process: leave Ctrl-C to the main process, and exit when that has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def exit_with_parent():
+        multiprocess.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def set_up_processes(folder):
+    """Make Ctrl-C and SIGTERM end this run at once. The next one clears what is in `folder`."""
+    main_process = os.getpid()
+
+    def stop(number, frame):
+        if os.getpid() == main_process:  # not in a worker that was forked just now
+            for worker in multiprocess.active_children():
+                worker.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + number)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
+    multiprocess.pool.Pool = Pool  # multiprocess.Pool(), which `datasets` calls, looks it up here
+
+
 def message(error):
     """One line that says what went wrong."""
     text = str(error)
-    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause has the reason
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause comes first
         text = re.search(r"(?m)^[\w.]+(: .+)?$", "".join(traceback.format_exception(error)))[0]
     return " ".join(text.split())[:500] or type(error).__name__
 
@@ -407,14 +407,14 @@ def main():
     except filelock.Timeout:
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
-        local = os.path.exists(flags.source) or glob.glob(flags.source)
-        hint = "" if local else " (not a local path either; for a local copy: --source=PATH)"
+        not_found = isinstance(error, OSError) and not error.errno  # locally, or on the Hub
+        hint = " (for a local copy: --source=PATH)" if not_found else ""
         sys.exit(f"prepare.py: {flags.source}: {message(error)}{hint}")
     print(f"{summary(stats)}\n\nTrain on it: python train.py"
           f" --dataset={shlex.quote(str(flags.out_dir.resolve()))}")
 
 
-if __name__ in ("__main__", "__mp_main__"):  # __mp_main__: in a spawned process
-    multiprocess.util.register_after_fork(start_worker, start_worker)
+if __name__ in ("__main__", "__mp_main__"):  # the latter in a spawned process
+    multiprocess.util.register_after_fork(start_worker, start_worker)  # called in new processes
 if __name__ == "__main__":
     main()
