@@ -36,7 +36,7 @@ import tiktoken
 import tiktoken.load
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported after init_process_group, it keeps gloo's threads alive
+import torch.distributed.nn  # imported after init_process_group, gloo's threads stay alive
 import torch.nn as nn
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn import functional as F
@@ -154,7 +154,7 @@ def parse_flags(words):
     given = vars(parser.parse_args(words))
     for name, value in given.items():
         low = 1 if type(value) is int and name not in CAN_BE_ZERO else 0
-        if type(value) in (int, float) and not low <= value < (name in BELOW_ONE or math.inf):
+        if type(value) is not str and not low <= value < (1 if name in BELOW_ONE else math.inf):
             parser.error(f"argument --{name}: {value} is out of range")
     config = Config(**given)
     if config.n_embd % config.n_head:
@@ -177,7 +177,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x, cache=None):
-        """float (B, T, C) to the same. `cache` is a list with the keys and values before x."""
+        """float (B, T, C) to the same. If `cache` has the keys and values before x, T is 1."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))  # each (B, heads, T, C / heads)
@@ -257,10 +257,8 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """(logits, None) for idx, int64 (B, T), or (None, mean loss) if there are targets.
-
-        The logits are float (B, T, vocab_size). The loss works in chunks of them and keeps none.
-        """
+        """(logits, None) for idx, int64 (B, T), or with targets (None, mean loss). The logits are
+        float (B, T, vocab_size); on a CPU, the loss never has all of them at once."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
@@ -294,7 +292,7 @@ class GPT(nn.Module):
             return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=False):
-        """{name of its state in a checkpoint: optimizer}; AdamW decays all but vectors.
+        """{"optimizer": AdamW, "muon": Muon if asked for}, the keys as in a checkpoint.
 
         With muon=True the blocks' matrices go to Muon (Jordan et al., 2024), with updates as large
         as AdamW's (Liu et al., 2025), so that learning_rate keeps its meaning."""
@@ -341,7 +339,7 @@ def transposed(state):
 
 
 def open_data(config):
-    """{"train": file, "val": file}. A file that is replaced later is read in its old version."""
+    """{"train": file, "val": file}. A file that is replaced later is still read here."""
     folder = ROOT / "data" / config.dataset
     if not folder.is_dir():
         folder = pathlib.Path(config.dataset)
@@ -352,13 +350,12 @@ def open_data(config):
     for file in files.values():
         size = os.fstat(file.fileno()).st_size
         if size % 2 or size // 2 <= config.block_size:
-            raise UserError(f"{file.name}: {size:,} bytes are no uint16 tokens, or too few for"
-                            f" --block_size={config.block_size}")
+            raise UserError(f"{file.name}: {size:,} bytes: not uint16, or too few for --block_size")
     return files
 
 
 def random_starts(file, config, *seeds):
-    """Where the sequences of a random batch start."""
+    """Where the sequences of a random batch start. `seeds`: iteration and micro-step."""
     n_starts = len(np.memmap(file, "<u2", "r")) - config.block_size
     return np.random.default_rng([config.seed, *seeds]).integers(n_starts, size=config.batch_size)
 
@@ -366,7 +363,7 @@ def random_starts(file, config, *seeds):
 def eval_starts(file, config, n_batches):
     """The starts for each batch of an evaluation: n_batches at random; if 0, all full blocks."""
     if n_batches:
-        return [random_starts(file, config, i) for i in range(n_batches)]
+        return [random_starts(file, config, i, 1 << 32) for i in range(n_batches)]
     starts = np.arange(0, len(np.memmap(file, "<u2", "r")) - config.block_size, config.block_size)
     return np.split(starts, range(config.batch_size, len(starts), config.batch_size))
 
@@ -376,8 +373,7 @@ def get_batch(file, starts, model_args, device):
     tokens = np.memmap(file, "<u2", "r")  # anew, since a memmap keeps the pages it read in memory
     rows = np.stack([tokens[start:start + model_args.block_size + 1] for start in starts])
     if rows.max() >= model_args.vocab_size:
-        raise UserError(f"{file.name}: token {rows.max()} is not in the model's vocabulary of"
-                        f" {model_args.vocab_size}")
+        raise UserError(f"{file.name}: token {rows.max()} is not below {model_args.vocab_size}")
     rows = torch.from_numpy(rows.astype(np.int64))
     if device.type == "cuda":
         rows = rows.pin_memory()
@@ -386,7 +382,7 @@ def get_batch(file, starts, model_args, device):
 
 
 def load_checkpoint(path, dropout=0.0):
-    """(GPT, the dict in the file `path`), nanoGPT's or ours. Runs no code that the file has."""
+    """(GPT, the dict in the file `path`), nanoGPT's or ours. Never runs code from it."""
     with user_error(f"{path}: no checkpoint, or a damaged one"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         activation = checkpoint.get("activation_function", "gelu")  # nanoGPT's have none
@@ -399,7 +395,7 @@ def load_checkpoint(path, dropout=0.0):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write the dict `checkpoint`. The old file stays until the new one is whole on the disk."""
+    """Write the dict `checkpoint`. The old file stays until the new one is complete on disk."""
     if not (math.isfinite(checkpoint["best_val_loss"])
             and all(tensor.isfinite().all() for tensor in checkpoint["model"].values())):
         raise UserError(f"the loss or a weight is not finite; {path} is left as it was")
@@ -418,7 +414,7 @@ def save_checkpoint(path, checkpoint):
 def init_model(config, given, device):
     """(GPT on `device`, the checkpoint or None). The model's settings are then in `config` too."""
     torch.manual_seed(config.seed)
-    names, checkpoint = vars(config).keys() & vars(GPTConfig()).keys(), None
+    checkpoint, names = None, vars(config).keys() & vars(GPTConfig()).keys()
     if config.init_from == "scratch":
         model = GPT(GPTConfig(**{name: getattr(config, name) for name in names}))
     elif config.init_from == "resume":
@@ -439,7 +435,7 @@ def init_model(config, given, device):
 
 
 def init_device(config):
-    """(torch.device, autocast context). Joins the job and replaces "auto" in `config`."""
+    """(torch.device, autocast context). Joins the process group and replaces "auto" in `config`."""
     if config.device == "auto":
         config.device = getattr(torch.accelerator.current_accelerator(True), "type", "cpu")
     on_cuda = config.device.startswith("cuda")
@@ -507,7 +503,7 @@ def estimate_loss(model, files, config, ctx, device):
 
 
 def log(config, record):
-    """Append `record` to log.jsonl. A run begins with its settings, on a line of their own."""
+    """Append `record` to log.jsonl; before settings a newline, as a kill may have cut a line."""
     if RANK == 0 and not config.eval_only:
         os.makedirs(config.out_dir, exist_ok=True)
         with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
@@ -541,10 +537,9 @@ def draw(path):
 
 
 def stop(number, frame):
-    """Signal handler: ask train() to stop. A second signal ends the process at once."""
-    SIGNALS.append(number)
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_DFL)
+    """Signal handler: ask train() to stop. A second Ctrl-C ends the process at once."""
+    SIGNALS.append(number)  # torchrun may send SIGTERM a second time
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def train(config, given):
@@ -555,15 +550,17 @@ def train(config, given):
     optimizers = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type,
         config.optimizer == "muon")
+    if config.optimizer == "muon" and config.dtype == "float16":  # one could skip a step alone
+        raise UserError("--optimizer=muon: not with --dtype=float16")
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     path = pathlib.Path(config.out_dir, "ckpt.pt")
     iter_num, best_val_loss, saved = 0, math.inf, "none"
-    if checkpoint:
+    if checkpoint:  # resume
         with user_error(f"{path}: can't resume with --optimizer={config.optimizer}"):
             for name, optimizer in optimizers.items():
                 state = checkpoint[name]
                 for theirs, ours in zip(state["param_groups"], optimizer.param_groups):
-                    theirs.update({**ours, "params": theirs["params"]})  # this run's settings
+                    theirs.update(ours, params=theirs["params"])  # this run's settings
                 optimizer.load_state_dict(state)
             if checkpoint.get("scaler"):  # of a float16 run
                 scaler.load_state_dict(checkpoint["scaler"])
@@ -619,6 +616,7 @@ def train(config, given):
                     "best_val_loss": best_val_loss, "config": vars(config)})
                 draw(path.with_name("loss.png"))
         if done or stopped:
+            all_sum([0], device)  # wait for process 0 to save
             break
         if losses:
             t0, timed = time.perf_counter(), 0
@@ -645,7 +643,7 @@ def train(config, given):
             nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for optimizer in optimizers.values():
             scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         scaler.update()
 
         # log
@@ -665,9 +663,9 @@ def train(config, given):
         iter_num += 1
         stopped = all_sum([len(SIGNALS)], device)[0] > 0
 
-    print("stopped, continue with --init_from=resume:" if stopped else "finished:", iter_num,
-          f"iterations, best val loss {best_val_loss:.4f}, {path} has iteration {saved}")
-    return 128 + (SIGNALS or [signal.SIGTERM])[0] if stopped else 0
+    print(f"{iter_num} iterations, best val loss {best_val_loss:.4f}, {path} has iteration {saved};"
+          " to continue, use the same flags and --init_from=resume")
+    return 128 + max(SIGNALS, default=signal.SIGTERM) if stopped else 0
 
 
 # sampling and export ---------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Draw how long rows are and how often tokens occur, of the train.bin and val.bin in a folder.
+"""Draw the lengths of the rows and the frequencies of the tokens of a train.bin and val.bin.
 
     python tests/draw.py data/novels --picture=data/bookcorpus/tokens.png
 """
@@ -23,7 +23,7 @@ def main():
     ids = np.concatenate([np.fromfile(flags.folder / f"{name}.bin", "<u2") for name in ("train", "val")])
     lengths = np.diff(np.flatnonzero(ids == END_OF_TEXT), prepend=-1)
     counts = np.bincount(ids, minlength=END_OF_TEXT + 1)
-    counts[END_OF_TEXT] = 0  # stands once in each row
+    counts[END_OF_TEXT] = 0  # once in each row
     order = np.argsort(counts)[::-1][:np.count_nonzero(counts)]
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4))
@@ -31,7 +31,7 @@ def main():
     left.bar(np.arange(1, longest + 1), 100 * np.bincount(lengths, minlength=longest + 1)[1:longest + 1] / len(lengths), 1)
     left.axvline(lengths.mean(), color="C1", label=f"mean {lengths.mean():.1f}")
     left.axvline(np.median(lengths), color="C2", label=f"median {np.median(lengths):.0f}")
-    left.set(xlabel="tokens a row, its end of text included", ylabel="% of rows")
+    left.set(xlabel="tokens per row, with end of text", ylabel="% of rows")
     left.legend()
     top = order[:20]
     middle.barh(np.arange(20), 100 * counts[top] / len(ids))
