@@ -276,13 +276,13 @@ def kill_train(faults, count):
 
 
 def fuzz(faults, count, seed):
-    """`count` rows made to break a tokenizer, against the oracle, byte for byte; then a row of 100 MB between two others."""
+    """`count` rows made to break a tokenizer, against the oracle, byte for byte; then one of 100 * count bytes."""
     long = "".join(nasty_rows(40_000, seed))
-    long *= 10 ** 8 // len(long.encode()) + 1
+    long *= 100 * count // len(long.encode()) + 1
     ids = gpt2().encode_to_numpy(long, disallowed_special=()).astype("<u2")  # a list of them would take 2 GB
     for name, rows, options, wanted in (
             ("rows made to break a tokenizer", nasty_rows(count, seed), {"test_size": 0.2, "seed": seed}, None),
-            ("a row of 100 MB", ["first", long, "last"], {"test_size": 0.3, "shuffle": False},
+            (f"a row of {100 * count / 1e6:g} MB", ["first", long, "last"], {"test_size": 0.3, "shuffle": False},
              (row_bytes("first") + np.append(ids, np.uint16(50256)).tobytes(), row_bytes("last")))):
         pq.write_table(pa.table({"text": rows}), faults.folder / "fuzz.parquet")
         faults.run(SCRIPT, f"--source={faults.folder / 'fuzz.parquet'}", f"--out_dir={faults.folder / 'fuzz'}",

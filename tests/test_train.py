@@ -656,7 +656,7 @@ def test_values_at_the_edge_are_accepted():
 @pytest.mark.parametrize("flag, status, message", [
     ("--n_heads=2", 2, "--n_heads=2"), ("--device=tpu9", 1, "--device=tpu9"),
     ("--device=cuda", 1, "--device=cuda"), ("--init_from=gpt5", 1, "--init_from=gpt5"),
-    ("--init_from=resume", 1, "no checkpoint"), ("--block_size=100000", 1, "--block_size=100000"),
+    ("--init_from=resume", 1, "no checkpoint"), ("--block_size=100000", 1, "too few for --block_size"),
     ("--dataset=nothing/here", 1, "prepare.py"), ("--sample=True", 1, "no checkpoint"),
     ("--export=folder", 1, "no checkpoint")])
 def test_refusals(refused, letters, tmp_path, flag, status, message):
@@ -669,7 +669,7 @@ def test_refusals(refused, letters, tmp_path, flag, status, message):
 
 BAD_DATA = {
     "odd": (lambda folder: os.truncate(folder / "train.bin", 1001), "1,001 bytes"),
-    "short": (lambda folder: os.truncate(folder / "val.bin", 32), "--block_size=16"),
+    "short": (lambda folder: os.truncate(folder / "val.bin", 32), "too few for --block_size"),
     "gone": (lambda folder: (folder / "val.bin").unlink(), "val.bin"),
     "letters": (lambda folder: (folder / "meta.pkl").write_bytes(b""), "meta.pkl"),
 }
