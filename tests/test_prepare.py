@@ -358,8 +358,16 @@ def test_the_bad_file_of_many(prepare, tmp_path):
     ("--shuffle=perhaps", "argument --shuffle: invalid boolean value: 'perhaps'"),
     ("--sed=3", "unrecognized arguments: --sed=3"), ("stray", "stray"), ("--seed", "expected one argument"),
 ])
-def test_bad_flags(refused, tmp_path, flag, message):
-    assert message in refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", flag, status=2)
+def test_bad_flags(monkeypatch, capsys, flag, message):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", flag])
+    with pytest.raises(SystemExit) as ended:
+        module.parse_flags()
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and message in line and line.count("\n") == 1
+
+
+def test_a_bad_flag_ends_the_run(refused, tmp_path):
+    assert "--test_size=2.0 is out of range" in refused(f"--out_dir={tmp_path / 'out'}", "--test_size=2", status=2)
     assert not (tmp_path / "out").exists()
 
 

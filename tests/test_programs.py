@@ -73,17 +73,16 @@ def test_the_experiment_on_order(program, tmp_path):
 
 def test_the_experiment_on_optimizers(program, tmp_path):
     printed = program("optimizers.py", f"--source={SAMPLE}", "--test_size=0.2", "--iters=4",
-                      "--rates", "1e-3", "1e-2", "--seeds", "1", "--n_layer=1", "--n_embd=16",
+                      "--rates", "1e-2", "--seeds", "1", "--n_layer=1", "--n_embd=16",
                       "--block_size=32", f"--picture={tmp_path / 'optimizers.png'}")
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
     sweep = [row for row in rows if row[0].strip() in ("adamw", "muon")]
     assert [[cell.strip() for cell in row[:2]] for row in sweep] == [
-        [name, rate] for name in ("adamw", "muon") for rate in ("0.001", "0.01")]
+        ["adamw", "0.01"], ["muon", "0.01"]]
     curve = [row for row in rows if row[0].strip().replace(",", "").isdigit()]
     assert [row[0].strip() for row in curve] == ["0", "256", "512", "768", "1,024"]
-    for i, part in enumerate((sweep[:2], sweep[2:])):
-        final = min(float(row[2]) for row in part)  # the best rate is the one in the curve
-        assert float(curve[-1][1 + 2 * i]) == final < float(curve[0][1 + 2 * i])
+    for i, row in enumerate(sweep):
+        assert float(curve[-1][1 + 2 * i]) == float(row[2]) < float(curve[0][1 + 2 * i])
         assert sorted(seconds := [float(row[2 + 2 * i]) for row in curve]) == seconds
     assert curve[0][1] == curve[0][3] and curve[1][1] != curve[1][3]
     assert (tmp_path / "optimizers.png").read_bytes().startswith(b"\x89PNG")
