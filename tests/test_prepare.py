@@ -310,13 +310,13 @@ BAD_SOURCES = {
     "b.jsonl": (lambda path: path.write_text('{"text": "x"}\n{"txet": "y"}\n'), "row 1 (counted from 0) is null"),
     "a.csv": (lambda path: path.write_text("text\n"), '"train" corresponds to no data'),
     "a.rows": (lambda path: path.write_text("x\ny\n"), "with any supported extension ['.csv', "),
-    "empty": (lambda path: path.mkdir(), "doesn't contain any data files"),
+    "empty": (lambda path: path.mkdir(), "no data files found"),
     "mixed": (lambda path: (path.mkdir(), (path / "a.txt").touch(), (path / "notes.json").touch()),
               "more than one format: "),
     "zipped": (lambda path: (path.mkdir(), (path / "a.txt.xz").touch(), (path / "b.json.xz").touch()),
                "more than one format: "),
-    "gone.parquet": (lambda path: None, "Couldn't find any data file"),
-    "gone/*.txt": (lambda path: None, "Couldn't find any data file"),
+    "gone.parquet": (lambda path: None, "no data files found"),
+    "gone/*.txt": (lambda path: None, "no data files found"),
 }
 
 
