@@ -220,7 +220,7 @@ def test_no_two_names_differ_in_case_alone(prepare, tmp_path):
         "            [(top[0], name) for name in top[1] + top[2]]), sep='\\n', flush=True)\n"
         "    return remove(path, *arguments, **options)\n"
         "shutil.rmtree = look"))
-    assert ended.returncode == 0 and f"{tmp_path}/out/.prepare/work/tokens" in ended.stdout, ended.stderr
+    assert ended.returncode == 0 and str(tmp_path / "out" / ".prepare" / "work" / "tokens") in ended.stdout, ended.stderr
     names += {line for line in ended.stdout.splitlines() if line.startswith(str(tmp_path))}
     assert len({name.casefold() for name in names}) == len(names) > 20
 
