@@ -395,7 +395,8 @@ def load_checkpoint(path, dropout=0.0):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write the dict `checkpoint`. The old file stays until the new one is complete on disk."""
+    """Write the dict `checkpoint`: model, model_args, activation_function, optimizer, maybe muon,
+    scaler, iter_num, best_val_loss, config. The old file stays until the new one is complete."""
     if not (math.isfinite(checkpoint["best_val_loss"])
             and all(tensor.isfinite().all() for tensor in checkpoint["model"].values())):
         raise UserError(f"the loss or a weight is not finite; {path} is left as it was")
