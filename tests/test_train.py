@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -406,6 +407,27 @@ def test_second_signal(start, tmp_path):
     assert process.wait(timeout=10) == -signal.SIGINT and process.stderr.read() == ""
 
 
+def test_sigterm_twice(start, tmp_path):
+    """As torchrun passes it on to processes that have it already: the checkpoint is written."""
+    process = start("--eval_interval=1000000", "--gradient_accumulation_steps=100")  # about 1 s
+    next(line for line in process.stdout if line.startswith("iter 0"))
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)  # or the two would be one
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and errors == ""
+    assert f"has iteration {checkpoint_in(tmp_path / 'out')['iter_num']}" in output
+
+
+def test_evaluation_batches_are_no_training_batches(letters):
+    config = module.Config(block_size=16, batch_size=4)
+    with open(letters / "train.bin", "rb") as file:
+        held_out = {tuple(starts) for starts in module.eval_starts(file, config, 20)}
+        trained = {tuple(module.random_starts(file, config, i, step))
+                   for i in range(20) for step in range(4)}
+    assert len(held_out) == 20 and len(trained) == 80 and not held_out & trained
+
+
 def test_killed_while_saving(train, start, tmp_path):
     flags = "--eval_interval=1", "--n_embd=64", "--eval_iters=1", "--dropout=0.1"
     process = start(*flags, "--max_iters=400")
@@ -658,11 +680,12 @@ def test_values_at_the_edge_are_accepted():
     ("--device=cuda", 1, "--device=cuda"), ("--init_from=gpt5", 1, "--init_from=gpt5"),
     ("--init_from=resume", 1, "no checkpoint"), ("--block_size=100000", 1, "too few for --block_size"),
     ("--dataset=nothing/here", 1, "prepare.py"), ("--sample=True", 1, "no checkpoint"),
-    ("--export=folder", 1, "no checkpoint")])
+    ("--export=folder", 1, "no checkpoint"),
+    ("--optimizer=muon --dtype=float16", 1, "--optimizer=muon: not with --dtype=float16")])
 def test_refusals(refused, letters, tmp_path, flag, status, message):
     if flag == "--device=cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
-    line = refused(f"--dataset={letters}", f"--out_dir={tmp_path / 'out'}", *SMALL, flag,
+    line = refused(f"--dataset={letters}", f"--out_dir={tmp_path / 'out'}", *SMALL, *flag.split(),
                    status=status, script=TRAIN)
     assert message in line and not (tmp_path / "out").exists()
 
