@@ -8,7 +8,8 @@
     python train.py --export=my_gpt                       # out/ckpt.pt as transformers' GPT-2
 
 The batches and dropout masks of an iteration depend only on the seed and its number. So a resumed
-run ends with the same bits as one without a stop, and any number of processes sees the same tokens.
+run on a CPU in float32 ends with the same bits as one without a stop, and any number of processes
+sees the same tokens.
 """
 import argparse
 import ast

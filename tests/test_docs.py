@@ -10,6 +10,7 @@ from conftest import ROOT
 from hub import serve
 from test_prepare import SENTENCES, parquet
 from test_train import SMALL, letters  # noqa: F401
+from train import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -85,12 +86,15 @@ def test_training(line, command, letters, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("torchrun")])
 def test_torchrun(line, command, letters, tmp_path):  # noqa: F811
-    """Two processes a machine in place of eight; two machines are two launchers on this one."""
+    """Two processes in place of eight; two machines are two launchers on this one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     nodes = int(re.search(r"--nnodes=(\d+)|$", line)[1] or 1)
-    line = re.sub(r"--nproc_per_node=8", f"--nproc_per_node={2 // nodes}", line)
+    steps = re.search(r"--gradient_accumulation_steps=(\d+)", line)
+    steps = int(steps[1]) if steps else Config.gradient_accumulation_steps
+    assert steps % (nodes * int(re.search(r"--nproc_per_node=(\d+)", line)[1])) == 0, "refused"
+    line = re.sub(r"--nproc_per_node=\d+", f"--nproc_per_node={2 // nodes}", line)
     line = re.sub(r"10\.0\.0\.1:\d+", f"127.0.0.1:{port}", line)
     launch, _, flags = line.partition("train.py")
     arguments, environment = command(*small(shlex.split(flags), letters, tmp_path / "out"),
