@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback: as much of its protocol as load_dataset uses, and faults on request."""
+"""The part of the Hugging Face Hub's protocol that load_dataset uses, served on loopback."""
 import contextlib
 import hashlib
 import http.server
@@ -10,31 +10,34 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves the data set `name` whose `files` are a dict from path to bytes.
+    """Serves the dataset `name` with `files`, a dict from path to bytes.
 
-    `fault(method, path, handler)` is called before each answer; where it returns True it has answered itself.
-    `log` lists what was asked for, as (method, path, value of the Range header).
+    `fault(method, path, handler)` is called before each answer; if it returns True, it has
+    answered the request. `requests` lists (method, path, value of the Range header).
     """
 
     daemon_threads = True
 
     def __init__(self, name, files, fault=lambda method, path, handler: False):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.name, self.files, self.fault, self.log = name, files, fault, []
+        self.name, self.files, self.fault, self.requests = name, files, fault, []
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
     def entries(self, folder="", recursive=True):
-        """What the Hub says of the files in `folder`, and of its folders where it does not look into them."""
+        """The tree entries of the files in `folder`, and of its folders if not recursive."""
         prefix = f"{folder}/" if folder else ""
         below = {path: body for path, body in self.files.items() if path.startswith(prefix)}
         folders = {prefix + path.removeprefix(prefix).split("/")[0] for path in below} - below.keys()
-        return [{"type": "file", "path": path, "size": len(body), "oid": hashlib.sha1(body).hexdigest(),
-                 "lfs": {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}}
-                for path, body in below.items() if recursive or "/" not in path.removeprefix(prefix)] + [
-            {"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
+        found = [{"type": "file", "path": path, "size": len(body),
+                  "oid": hashlib.sha1(body).hexdigest(),
+                  "lfs": {"oid": hashlib.sha256(body).hexdigest(), "size": len(body),
+                          "pointerSize": 134}}
+                 for path, body in below.items() if recursive or "/" not in path.removeprefix(prefix)]
+        return found + [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
+                        for path in sorted(folders)]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -43,28 +46,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self):
         self.request_body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        self.server.log.append((self.command, path, self.headers.get("Range")))
+        self.server.requests.append((self.command, path, self.headers.get("Range")))
         if self.server.fault(self.command, path, self):
             return
         name, files = self.server.name, self.server.files
         api, resolve = f"/api/datasets/{name}", f"/datasets/{name}/resolve/"
         if path == api or path.startswith(f"{api}/revision/"):
-            self.send(json.dumps({"id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False,
-                                  "tags": [], "downloads": 0, "likes": 0,
-                                  "siblings": [{"rfilename": file} for file in files]}))
+            self.send(json.dumps({
+                "id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False,
+                "tags": [], "downloads": 0, "likes": 0,
+                "siblings": [{"rfilename": file} for file in files]}))
         elif path.startswith(f"{api}/tree/"):
             folder = path.removeprefix(f"{api}/tree/").partition("/")[2]
-            inside = self.server.entries(folder, "recursive=true" in self.path.lower())
-            self.send(json.dumps(inside)) if inside else self.missing("EntryNotFound")
+            found = self.server.entries(folder, "recursive=true" in self.path.lower())
+            self.send(json.dumps(found)) if found else self.send_not_found("EntryNotFound")
         elif path.startswith(f"{api}/paths-info/"):
             form = urllib.parse.parse_qs(self.request_body.decode())
-            wanted = form.get("paths") or json.loads(self.request_body)["paths"]
-            self.send(json.dumps([entry for entry in self.server.entries() if entry["path"] in wanted]))
+            paths = form.get("paths") or json.loads(self.request_body)["paths"]
+            self.send(json.dumps([entry for entry in self.server.entries()
+                                  if entry["path"] in paths]))
         elif path.startswith(resolve):
             file = path.removeprefix(resolve).partition("/")[2]
-            self.send_file(files[file]) if file in files else self.missing("EntryNotFound")
+            self.send_file(files[file]) if file in files else self.send_not_found("EntryNotFound")
         else:
-            self.missing("RepoNotFound")
+            self.send_not_found("RepoNotFound")
 
     do_GET = do_HEAD = do_POST = answer
 
@@ -79,15 +84,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, body):
         headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "Accept_Ranges": "bytes"}
-        span = self.headers.get("Range", "").removeprefix("bytes=")
-        if span:
+        if span := self.headers.get("Range", "").removeprefix("bytes="):
             first = int(span.split("-")[0])
             headers["Content_Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
             self.send(body[first:], 206, **headers)
         else:
             self.send(body, **headers)
 
-    def missing(self, code):
+    def send_not_found(self, code):
         self.send("", 404, X_Error_Code=code)
 
     def log_message(self, *_):
@@ -95,8 +99,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(name, files, **options):
-    """Run a Hub in a thread for the length of a with block."""
+def serve(files, name="SamuelYang/bookcorpus", **options):
+    """Run a Hub in a thread during a `with` block."""
     with Hub(name, files, **options) as hub:
         thread = threading.Thread(target=hub.serve_forever, args=(0.05,))
         thread.start()

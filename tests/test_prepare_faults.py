@@ -1,0 +1,449 @@
+"""prepare.py with a failing Hub, a full disk, signals, and on other systems. See tools/faults.py."""
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import filelock
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from common import (PREPARE, ROOT, SAMPLE, SENTENCES, adversarial_rows, bins, child_processes,
+                    finish, group_has_ended, limit_file_size, oracle, stage_of, wait_for,
+                    write_jsonl, write_parquet)
+from hub import serve
+
+sys.path.insert(0, str(PREPARE.parent))
+import prepare as module  # noqa: E402
+
+FILE = "data/train-00000-of-00001.parquet"
+
+
+def error_line(ended):
+    """The only line of stderr that starts with "prepare.py: "."""
+    lines = [line for line in ended.stderr.replace("\r", "\n").splitlines()
+             if line.startswith("prepare.py: ")]
+    assert ended.returncode == 1 and len(lines) == 1, ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return lines[0]
+
+
+# the Hub ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory):
+    """A Parquet file that is larger than the 10 MB that huggingface_hub writes at a time."""
+    path = tmp_path_factory.mktemp("body") / "rows.parquet"
+    padding = pa.array([os.urandom(24 << 20)] + [b""] * (len(SENTENCES) - 1))
+    pq.write_table(pa.table({"text": SENTENCES, "padding": padding}), path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def from_hub(prepare, tmp_path):
+    """from_hub(hub) runs prepare.py into tmp_path/out and returns its CompletedProcess."""
+    return lambda hub, **options: prepare(
+        f"--out_dir={tmp_path / 'out'}", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0",
+        HF_HOME=str(tmp_path / "hf"), **options)
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_busy_hub_is_asked_again(from_hub, body, tmp_path, status):
+    left = {"GET": 2, "HEAD": 1}
+
+    def fault(method, path, handler):
+        if path.endswith(FILE) and left.get(method, 0):
+            left[method] -= 1
+            handler.send("busy", status)
+            return True
+
+    with serve({FILE: body}, fault=fault) as hub:
+        ended = from_hub(hub)
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path / "out") == oracle(SENTENCES) and not any(left.values())
+
+
+def test_interrupted_download_is_resumed(from_hub, body, tmp_path):
+    interrupted = []
+
+    def fault(method, path, handler):
+        if method == "GET" and path.endswith(FILE) and not interrupted:
+            interrupted.append(path)
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.send_header("Accept-Ranges", "bytes")
+            handler.end_headers()
+            handler.wfile.write(body[:len(body) // 2])
+            handler.wfile.flush()
+            handler.close_connection = True
+            return True
+
+    with serve({FILE: body}, fault=fault) as hub:
+        ended = from_hub(hub)
+        if ended.returncode:
+            assert "Traceback" not in ended.stderr
+            ended = from_hub(hub)
+        spans = [span for method, path, span in hub.requests
+                 if method == "GET" and path.endswith(FILE)]
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path / "out") == oracle(SENTENCES)
+    assert len(spans) == 2 and int(spans[1].removeprefix("bytes=").strip("-")) >= 10 << 20
+
+
+def test_download_of_the_wrong_size(from_hub, body, tmp_path):
+    def fault(method, path, handler):
+        if method == "GET" and path.endswith(FILE):
+            handler.send(body[:-1000])
+            return True
+
+    with serve({FILE: body}, fault=fault) as hub:
+        ended = from_hub(hub)
+    assert "--source=PATH" in error_line(ended)
+    assert not (tmp_path / "out" / "train.bin").exists()
+
+
+@pytest.mark.parametrize("status, code, message", [
+    (401, "GatedRepo", "gated"), (401, "", "401"), (403, "", "on the Hugging Face Hub either"),
+    (404, "RepoNotFound", "doesn't exist")])
+def test_hub_that_refuses(from_hub, status, code, message):
+    def fault(method, path, handler):
+        handler.send("{}", status, **({"X_Error_Code": code} if code else {}))
+        return True
+
+    with serve({FILE: b"never sent"}, fault=fault) as hub:
+        line = error_line(from_hub(hub))
+    assert "--source=PATH" in line and message in line
+
+
+def test_unreachable_hub(from_hub):
+    """huggingface_hub waits 24 s in all between its attempts, which is skipped here."""
+    with serve({}) as hub:
+        pass  # no server listens at hub.url from here on
+    ended = from_hub(hub, before="import time; time.sleep = lambda seconds: None")
+    assert "--source=PATH" in error_line(ended)
+
+
+def test_download_starts_no_worker_processes(start, tmp_path):
+    """So none of them can be killed. Files are downloaded one after the other."""
+    requested, done = [], threading.Event()
+
+    def fault(method, path, handler):
+        if method == "GET" and path.endswith(".parquet"):
+            requested.append(path)
+            done.wait(60)
+            return True
+
+    files = {f"data/train-0000{i}-of-00002.parquet": b"never sent, file %d" % i for i in range(2)}
+    with serve(files, fault=fault) as hub:
+        process = start(PREPARE, f"--out_dir={tmp_path / 'out'}", "--num_proc=2",
+                        HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+        wait_for(lambda: requested, process)
+        try:
+            assert len(requested) == 1 and child_processes(process.pid) == []
+            process.send_signal(signal.SIGTERM)
+            ended = finish(process)
+        finally:
+            done.set()
+    assert (ended.returncode, ended.stdout) == (143, "")
+    assert not (tmp_path / "out" / ".prepare").exists()
+
+
+# disk ------------------------------------------------------------------------
+
+
+def test_too_little_free_disk_space(prepare, refused, tmp_path):
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}").returncode == 0
+    before = bins(tmp_path)
+    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", before=(
+        "import collections, shutil; usage = collections.namedtuple('usage', 'free')\n"
+        "shutil.disk_usage = lambda path: usage(5000)"))
+    needed = 1.2 * sum(len(row.encode()) for row in SENTENCES)
+    assert "5,000 bytes free in" in line and f"{needed:,.0f} needed" in line
+    assert bins(tmp_path) == before
+
+
+def test_full_disk_of_the_cache(from_hub, body):
+    with serve({FILE: body}) as hub:
+        ended = from_hub(hub, before=limit_file_size(1 << 20))
+    assert "File too large" in error_line(ended)
+
+
+def test_full_disk_of_out_dir(prepare, tmp_path):
+    """At each stage that writes."""
+    source = write_jsonl(tmp_path / "rows.jsonl", adversarial_rows(4000, seed=3))
+    out = tmp_path / "out"
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={out}").returncode == 0
+    # from here on the rows are in the cache of `datasets`
+    assert prepare(f"--source={source}", f"--out_dir={tmp_path / 'other'}").returncode == 0
+    before, size = bins(out), (tmp_path / "other" / "train.bin").stat().st_size
+    for limit in 1000, size // 2, size - 1:
+        ended = prepare(f"--source={source}", f"--out_dir={out}", "--overwrite=True",
+                        "--num_proc=2", before=limit_file_size(limit))
+        assert "File too large" in error_line(ended)
+        assert bins(out) == before and not (out / ".prepare").exists()
+
+
+# paths and systems -----------------------------------------------------------
+
+# removes what macOS or Windows lack
+OTHER_SYSTEM = """
+import os, signal
+for name in "fork", "forkpty", "posix_fallocate", "register_at_fork", "sched_getaffinity":
+    delattr(os, name)
+del signal.pthread_sigmask
+for name in dir(signal):
+    if (name.startswith("SIG") and name[3:].isalpha()
+            and name not in ("SIGINT", "SIGTERM", "SIGKILL")):
+        delattr(signal, name)
+"""
+
+
+def test_system_without_fork_and_most_signals(prepare, tmp_path):
+    rows = adversarial_rows(3000, seed=4)
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "sitecustomize.py").write_text(OTHER_SYSTEM)
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2",
+                    before="import multiprocess; multiprocess.set_start_method('spawn')",
+                    PYTHONPATH=str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path / "out") == oracle(rows)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
+def test_out_dir_on_another_file_system(prepare, tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != tmp_path.stat().st_dev
+        for out, rest in (tmp_path, other), (pathlib.Path(other), str(tmp_path)):
+            ended = prepare(f"--source={SAMPLE}", f"--out_dir={out / 'out'}", TMPDIR=rest,
+                            HF_HOME=f"{rest}/hf")
+            assert ended.returncode == 0, ended.stderr
+            assert bins(out / "out") == oracle(SENTENCES)
+
+
+def test_no_two_names_differ_only_in_case(prepare, tmp_path):
+    """In the repository, and among the files that exist when a run is complete."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    names = names.stdout.splitlines()
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}",
+                    HF_HOME=str(tmp_path / "hf"), before=(
+        "import pathlib, shutil; remove = shutil.rmtree\n"
+        "def rmtree(path, *arguments, **options):\n"
+        f"    print(*pathlib.Path({str(tmp_path)!r}).rglob('*'), sep='\\n', flush=True)\n"
+        "    return remove(path, *arguments, **options)\n"
+        "shutil.rmtree = rmtree"))
+    assert ended.returncode == 0, ended.stderr
+    assert str(tmp_path / "out" / ".prepare" / "work" / "tokens") in ended.stdout
+    names += {line for line in ended.stdout.splitlines() if line.startswith(str(tmp_path))}
+    assert len({name.casefold() for name in names}) == len(names) > 20
+
+
+def test_out_dir_through_a_symbolic_link(prepare, refused, tmp_path):
+    """Like `Out` and `out` on a file system that ignores case."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "Out").symlink_to(tmp_path / "out")
+    with filelock.FileLock(tmp_path / "out" / ".prepare" / "lock"):
+        line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'Out'}")
+        assert "another run is writing to" in line
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'Out'}").returncode == 0
+    assert bins(tmp_path / "out") == oracle(SENTENCES)
+
+
+# signals and killed processes ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A Parquet file that takes prepare.py some seconds, and its rows. They are sorted by length,
+    so that of two worker processes the first ends early."""
+    rows = sorted(adversarial_rows(4000, seed=1) * 60, key=len)
+    return write_parquet(tmp_path_factory.mktemp("corpus") / "rows.parquet", rows), rows
+
+
+@pytest.fixture
+def start_until(start, corpus, tmp_path):
+    """start_until(stage, *flags) starts prepare.py with two worker processes into tmp_path/out and
+    returns its Popen when it has reached that stage of stage_of()."""
+    def run(stage, *flags, **options):
+        process = start(PREPARE, f"--source={corpus[0]}", f"--out_dir={tmp_path / 'out'}",
+                        "--num_proc=2", *flags, **options)
+        wait_for(lambda: stage_of(tmp_path / "out" / ".prepare" / "work") == stage, process)
+        assert process.poll() is None
+        return process
+    return run
+
+
+@pytest.mark.parametrize("number, method", [
+    (signal.SIGINT, "fork"), (signal.SIGTERM, "fork"), (signal.SIGINT, "spawn")])
+def test_stopped_by_a_signal(start_until, prepare, tmp_path, number, method):
+    out = tmp_path / "out"
+    prepare(f"--source={SAMPLE}", f"--out_dir={out}")
+    before = bins(out)
+    process = start_until("tokenizing", "--overwrite=True", before=(
+        f"import multiprocess; multiprocess.set_start_method({method!r})"))
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does on Ctrl-C
+    else:
+        process.send_signal(number)
+    ended = finish(process, 20)
+    assert (ended.returncode, ended.stdout) == (128 + number, ""), ended.stderr
+    assert "Traceback" not in ended.stderr and "prepare.py:" not in ended.stderr
+    assert group_has_ended(process.pid)
+    assert bins(out) == before and not (out / ".prepare").exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "after_in_parent"])
+def test_stopped_while_it_forks(prepare, tmp_path, moment):
+    """Python ignores exceptions in callbacks of a fork."""
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2", before=(
+        "import os, signal\n"
+        f"os.register_at_fork({moment}=lambda: os.kill(os.getpid(), signal.SIGTERM))"))
+    assert (ended.returncode, ended.stdout) == (143, ""), ended.stderr
+    assert "Traceback" not in ended.stderr and "prepare.py:" not in ended.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_stopped_while_it_moves_the_files(start, prepare, tmp_path):
+    """The moves are completed."""
+    out = tmp_path / "out"
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={out}").returncode == 0
+    process = start(PREPARE, f"--source={SAMPLE}", f"--out_dir={out}", "--seed=1",
+                    "--overwrite=True", before=(
+        "import os, time; replace = os.replace\n"
+        "os.replace = lambda *names: (time.sleep(0.3), replace(*names))"))
+    wait_for(lambda: stage_of(out / ".prepare" / "work") == "moving", process)
+    process.send_signal(signal.SIGINT)
+    ended = finish(process, 20)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    assert {path.name for path in out.iterdir()} == {"train.bin", "val.bin", "stats.json"}
+    assert bins(out) == oracle(SENTENCES, seed=1)
+
+
+@pytest.mark.parametrize("index, message", [
+    (0, "abruptly died"), (-1, "worker process killed|Connection re")], ids=["worker", "manager"])
+def test_killed_child_process(start_until, tmp_path, index, message):
+    """As by the kernel when memory runs out: the run ends within seconds with an error."""
+    process = start_until("tokenizing")
+    wait_for(lambda: len(child_processes(process.pid)) == 3, process)
+    os.kill(child_processes(process.pid)[index], signal.SIGKILL)
+    started = time.monotonic()
+    ended = finish(process, 30)
+    assert time.monotonic() - started < 20 and re.search(message, error_line(ended))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("number, whole_group", [
+    (signal.SIGKILL, False), (signal.SIGINT, True), (signal.SIGTERM, True)])
+def test_signal_to_a_worker_process_with_a_lock(start_until, tmp_path, number, whole_group):
+    """One that has finished its part waits for more and has the lock of the pool's queue."""
+    process = start_until("tokenizing")
+    work = tmp_path / "out" / ".prepare" / "work"
+    wait_for((work / "tokens_00000_of_00002.arrow").exists, process)
+    idle = []
+    wait_for(lambda: idle.extend(
+        pid for pid in child_processes(process.pid)[:2]
+        if pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "S") or idle, process)
+    started = time.monotonic()
+    os.killpg(process.pid, number) if whole_group else os.kill(idle[0], number)
+    ended = finish(process, 40)
+    assert time.monotonic() - started < 20
+    if whole_group:
+        assert ended.returncode == 128 + number and "prepare.py:" not in ended.stderr
+        assert "Traceback" not in ended.stderr
+    else:
+        assert "abruptly died" in error_line(ended)
+    assert group_has_ended(process.pid) and not work.parent.exists()
+
+
+@pytest.mark.parametrize("kill, stage", [(os.killpg, "writing"), (os.kill, "tokenizing")])
+def test_killed_and_run_again(start_until, prepare, tmp_path, kill, stage):
+    """All processes at once, or only the main process, whose worker processes then exit."""
+    process, out = start_until(stage), tmp_path / "out"
+    kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    assert group_has_ended(process.pid)
+    assert not (out / "train.bin").exists() and (out / ".prepare").exists()
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={out}")
+    assert ended.returncode == 0, ended.stderr
+    assert bins(out) == oracle(SENTENCES) and not (out / ".prepare").exists()
+
+
+def test_two_runs_at_once(start_until, refused, corpus, tmp_path):
+    process = start_until("tokenizing")
+    process.send_signal(signal.SIGSTOP)  # so that it does not end first
+    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}")
+    process.send_signal(signal.SIGCONT)
+    assert f"another run is writing to {tmp_path / 'out'}" in line
+    assert finish(process).returncode == 0
+    assert bins(tmp_path / "out") == oracle(corpus[1])
+
+
+def run_with_pool(folder, code):
+    """Run `code` in a process that is set up like prepare.py."""
+    (folder / ".prepare").mkdir()
+    code = ("import os, pathlib, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
+            "import prepare, multiprocess\n"
+            "multiprocess.util.register_after_fork(prepare.start_worker, prepare.start_worker)\n"
+            "prepare.set_up_processes(pathlib.Path(sys.argv[2]))\n") + code
+    ended = subprocess.run([sys.executable, "-c", code, PREPARE.parent, folder / ".prepare"],
+                           capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_pool_ends_while_its_workers_start(tmp_path):
+    """A pool that has its results at once sends SIGTERM to workers that have just been forked."""
+    run_with_pool(tmp_path, "for _ in range(40):\n"
+                            "    with multiprocess.Pool(4) as pool: pool.map(abs, [1])")
+
+
+def test_pool_ends_after_its_workers_were_killed(tmp_path):
+    """One of them has the lock that the pool needs."""
+    run_with_pool(tmp_path, (
+        "with multiprocess.Pool(2) as pool:\n"
+        "    assert pool.map(abs, [-1]) == [1]\n"
+        "    time.sleep(0.5)\n"
+        "    for worker in multiprocess.active_children(): os.kill(worker.pid, signal.SIGKILL)\n"
+        "    time.sleep(0.5)\n"  # they are replaced
+        "    pool.close()\n"
+        "    pool.join()"))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("fault", [Killed, OSError])
+@pytest.mark.parametrize("n_moves", range(7))
+def test_publish_is_all_or_nothing(monkeypatch, tmp_path, n_moves, fault):
+    """Killed after any number of moves: no old file beside a new one. After an error: all old."""
+    work, names = tmp_path / "work", ("train.bin", "val.bin", "stats.json")
+    work.mkdir()
+    for name in names:
+        (tmp_path / name).write_text("old")
+        (work / name).write_text("new")
+    left, replace = [n_moves], os.replace
+
+    def replace_or_fail(*paths):
+        left[0] -= 1
+        if left[0] == -1:
+            raise fault
+        replace(*paths)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(module.os, "replace", replace_or_fail)
+    try:
+        module.publish(work, tmp_path)
+    except fault:
+        assert n_moves < 6
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    found = [(tmp_path / name).read_text() for name in names if (tmp_path / name).exists()]
+    assert len(set(found)) <= 1
+    if n_moves == 6 or fault is OSError:
+        assert found == ["new" if n_moves == 6 else "old"] * 3
