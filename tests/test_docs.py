@@ -1,108 +1,106 @@
-"""Every command in the README's blocks runs: on small data, with a small model, and the Hub on loopback."""
+"""The commands in the README's shell blocks, with small data, a small model and a local Hub."""
 import re
 import shlex
 import socket
-import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+from common import (PREPARE, ROOT, SENTENCES, TINY, TORCHRUN, TRAIN, finish, run_script,
+                    start_script, write_parquet)
 from hub import serve
-from test_prepare import SENTENCES, parquet
-from test_train import SMALL, letters  # noqa: F401
 from train import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-            for line in block.splitlines()]
-LITTLE = ["--max_iters=1", "--eval_interval=2", "--batch_size=1", "--gradient_accumulation_steps=2", "--eval_iters=1"]
+BLOCKS = [block.splitlines() for block in re.findall(r"(?ms)^```sh\n(.*?)^```", README)]
+COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block]
+PREPARE_COMMANDS = [words[2:] for words in COMMANDS if words[1] == "data/bookcorpus/prepare.py"]
+TRAIN_COMMANDS = [words[2:] for words in COMMANDS if words[1] == "train.py"]
+TORCHRUN_COMMANDS = [words[1:] for words in COMMANDS if words[0] == "torchrun"]
+FEW = ["--max_iters=1", "--eval_interval=2", "--batch_size=1", "--gradient_accumulation_steps=2",
+       "--eval_iters=1", "--max_new_tokens=3", "--device=cpu"]
 
 
-def run(command, environment, folder, **options):
-    ended = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, **options)
+def test_all_commands_are_tested():
+    n_tested = len(PREPARE_COMMANDS) + len(TRAIN_COMMANDS) + len(TORCHRUN_COMMANDS)
+    # CI runs the other two, which install packages and run the tests
+    assert [words[:3] for words in COMMANDS if words[0] not in ("python", "torchrun")] == [
+        ["python3", "-m", "venv"], ["pip", "install", "-r"]]
+    assert n_tested == len(COMMANDS) - 2 > 8
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert BLOCKS[0][0].startswith("python3 -m venv") and "block 1" in ci
+    assert BLOCKS[3][0].startswith("pip install") and "block 4" in ci
+
+
+def test_prepare_commands(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    sample, real = PREPARE_COMMANDS
+    ended = run_script(PREPARE, *sample, f"--out_dir={tmp_path / 'sample'}")
     assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    n_tokens = [(tmp_path / "sample" / f"{name}.bin").stat().st_size // 2
+                for name in ("train", "val")]
+    assert f"`| tokens | {n_tokens[0]:,} | {n_tokens[1]:,} |`" in README
+    summary = re.search(r"(?s)```text\n(.*?)- seconds", README)[1]
+    assert ended.stdout.startswith(summary), "the summary in the README"
+    body = write_parquet(tmp_path / "rows.parquet", SENTENCES).read_bytes()
+    with serve({"data/train-00000-of-00001.parquet": body}) as hub:
+        ended = run_script(PREPARE, *real, f"--out_dir={tmp_path / 'real'}", HF_ENDPOINT=hub.url,
+                           HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+    assert ended.returncode == 0 and (tmp_path / "real" / "train.bin").exists(), ended.stderr
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) > 8
-    assert all(line.startswith(("python", "torchrun", "pip")) for line in COMMANDS)
+def small(words, dataset, out):
+    """The flags `words` of train.py, changed to small data, a small model and few iterations."""
+    model = () if any(word.startswith("--init_from=/") for word in words) else TINY[:4]
+    iters = ["--max_iters=3"] * ("--init_from=resume" in words)
+    kept = [word for word in words if not word.startswith(("--dataset", "--out_dir"))]
+    return [*kept, f"--dataset={dataset}", f"--out_dir={out}", *model, *FEW, *iters]
 
 
-def test_the_first_three_are_what_ci_runs():
-    """CI runs the first and the third as they stand; here is the preparing that is in the first, and the second."""
-    assert [COMMANDS[0].split()[:3], COMMANDS[2].split()[0]] == [["python3", "-m", "venv"], "pip"]
-    assert "block 1" in (ROOT / ".ci" / "run").read_text() and "block 3" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_preparing(command, tmp_path):
-    first = shlex.split(COMMANDS[0].rpartition("&& python ")[2])
-    assert first[1:3] == ["--source=data/bookcorpus/sample.txt", "--out_dir=data/sample"]
-    real = shlex.split(COMMANDS[1])[1:]
-    assert first[0] == real[0] == "data/bookcorpus/prepare.py"
-    arguments, environment = command(*first[1:], f"--out_dir={tmp_path / 'sample'}")
-    assert "train.py --dataset=" in run(arguments, environment, ROOT)
-    body = parquet(tmp_path / "rows.parquet", SENTENCES).read_bytes()
-    with serve("SamuelYang/bookcorpus", {"data/train-00000-of-00001.parquet": body}) as hub:
-        arguments, environment = command(*real[1:], f"--out_dir={tmp_path / 'real'}", HF_ENDPOINT=hub.url,
-                                         HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
-        run(arguments, environment, ROOT)
-    assert (tmp_path / "real" / "train.bin").exists()
-
-
-def small(words, dataset, out, more=()):
-    """The flags of a command of train.py, of the same kind but on small data and a small model."""
-    resumed = any(word == "--init_from=resume" for word in words)
-    flags = [word for word in words if not word.startswith(("--dataset", "--out_dir", "--n_", "--block_size"))]
-    return [*flags, f"--dataset={dataset}", f"--out_dir={out}", "--device=cpu",
-            *(SMALL[:4] if not more else more), *LITTLE, *(["--max_iters=3"] if resumed else []), "--max_new_tokens=3"]
-
-
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python train.py")])
-def test_training(line, command, letters, tmp_path):  # noqa: F811
-    words = shlex.split(line)[2:]
-    more = ()
+@pytest.mark.parametrize("words", TRAIN_COMMANDS, ids=" ".join)
+def test_train_commands(monkeypatch, words, dataset, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    out, words = tmp_path / "out", list(words)
+    if not words[0].startswith("--"):
+        words[0] = str(ROOT / words[0])
     if "--init_from=gpt2" in words:
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
         transformers.GPT2LMHeadModel(transformers.GPT2Config(
             n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
         words[words.index("--init_from=gpt2")] = f"--init_from={tmp_path / 'gpt2'}"
-        more = ["--block_size=16"]
-    exported = [word.partition("=")[2] for word in words if word.startswith("--export=")]
-    if "--sample=True" in words or "--init_from=resume" in words or exported:
-        arguments, environment = command(*small([], letters, tmp_path / "out"),
-                                         script=ROOT / "train.py")
-        run(arguments, environment, tmp_path)
+        words.append("--block_size=16")
+    exports = [word.partition("=")[2] for word in words if word.startswith("--export=")]
+    if "--sample=True" in words or "--init_from=resume" in words or exports:
+        ended = run_script(TRAIN, *small([], dataset, out))
+        assert ended.returncode == 0, ended.stderr
     (tmp_path / "prompt.txt").write_text("the ")
-    arguments, environment = command(*small(words, letters, tmp_path / "out", more),
-                                     script=ROOT / "train.py")
-    printed = run(arguments, environment, tmp_path)
-    if exported:
-        assert (tmp_path / exported[0] / "model.safetensors").exists()
+    ended = run_script(TRAIN, *small(words, dataset, out))
+    assert ended.returncode == 0, ended.stderr
+    if exports:
+        assert (tmp_path / exports[0] / "model.safetensors").exists()
     else:
-        assert "---------------" in printed if "--sample=True" in words else "step " in printed
+        expected = "---------------" if "--sample=True" in words else "step "
+        assert expected in ended.stdout
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("torchrun")])
-def test_torchrun(line, command, letters, tmp_path):  # noqa: F811
-    """Two processes in place of eight; two machines are two launchers on this one."""
+@pytest.mark.parametrize("words", TORCHRUN_COMMANDS, ids=" ".join)
+def test_torchrun_commands(words, dataset, tmp_path):
+    """With two processes. Instead of two machines, there are two launchers on this one."""
+    launch, flags = words[:words.index("train.py")], words[words.index("train.py") + 1:]
+    text = " ".join(launch)
+    n_nodes = int(re.search(r"--nnodes=(\d+)|$", text)[1] or 1)
+    n_processes = n_nodes * int(re.search(r"--nproc_per_node=(\d+)", text)[1])
+    steps = [word for word in flags if word.startswith("--gradient_accumulation_steps=")]
+    steps = int(steps[0].partition("=")[2]) if steps else Config.gradient_accumulation_steps
+    assert steps % n_processes == 0, "train.py refuses this number of processes"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = int(re.search(r"--nnodes=(\d+)|$", line)[1] or 1)
-    steps = re.search(r"--gradient_accumulation_steps=(\d+)", line)
-    steps = int(steps[1]) if steps else Config.gradient_accumulation_steps
-    assert steps % (nodes * int(re.search(r"--nproc_per_node=(\d+)", line)[1])) == 0, "refused"
-    line = re.sub(r"--nproc_per_node=\d+", f"--nproc_per_node={2 // nodes}", line)
-    line = re.sub(r"10\.0\.0\.1:\d+", f"127.0.0.1:{port}", line)
-    launch, _, flags = line.partition("train.py")
-    arguments, environment = command(*small(shlex.split(flags), letters, tmp_path / "out"),
-                                     script=ROOT / "train.py")
-    arguments[1:1] = ["-m", "torch.distributed.run", *shlex.split(launch)[1:]]
-    started = [subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for _ in range(nodes)]
-    ended = [process.communicate(timeout=120) for process in started]
-    assert all(process.returncode == 0 for process in started), ended
-    assert sum(output.count("step 0:") for output, _ in ended) == 1
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    text = re.sub(r"--nproc_per_node=\d+", f"--nproc_per_node={2 // n_nodes}", text)
+    text = re.sub(r"10\.0\.0\.1:\d+", address, text)
+    jobs = [start_script(TORCHRUN, *text.split(), TRAIN, *small(flags, dataset, tmp_path / "out"))
+            for _ in range(n_nodes)]
+    ended = [finish(job) for job in jobs]
+    assert all(job.returncode == 0 for job in ended), ended
+    assert sum(job.stdout.count("step 0:") for job in ended) == 1
     assert (tmp_path / "out" / "ckpt.pt").exists()

@@ -153,11 +153,11 @@ def beside_a_card(path):
     return write_jsonl(path / "rows.jsonl", SENTENCES)
 
 
-def csv_file(path):
-    """With further columns, as kd13/bookcorpus-clean has them."""
+def csv_file(path, rows=SENTENCES):
+    """With more columns, like kd13/bookcorpus-clean."""
     with open(path := path.with_suffix(".csv"), "w", newline="") as file:
         csv.writer(file).writerows([["doc_id", "sent_id", "text"],
-                                    *([i // 9, i % 9, row] for i, row in enumerate(SENTENCES))])
+                                    *([i // 9, i % 9, row] for i, row in enumerate(rows))])
     return path
 
 
@@ -219,22 +219,36 @@ def test_sources(prepare, tmp_path, make):
 
 
 def test_hub(prepare, tmp_path):
-    """Without --source, prepare.py loads SamuelYang/bookcorpus from the Hub."""
-    files = {"README.md": b"# books\n"}
-    for i, rows in enumerate((SENTENCES[:300], SENTENCES[300:])):
-        path = write_parquet(tmp_path / f"{i}", rows)
-        files[f"data/train-0000{i}-of-00002.parquet"] = path.read_bytes()
+    """Without --source, prepare.py loads SamuelYang/bookcorpus. The files have its names."""
+    path, rows = tmp_path / "bookcorpus-train.arrow", pa.table({"text": SENTENCES})
+    with pa.ipc.new_stream(path, rows.schema) as file:
+        file.write_table(rows, 100)
+    info = {"builder_name": "bookcorpus", "config_name": "plain_text",
+            "splits": {"train": {"name": "train", "num_examples": 74004228}}}
+    files = {path.name: path.read_bytes(), "LICENSE": b"", ".gitattributes": b"",
+             "dataset_info.json": json.dumps(info).encode()}
     with serve(files) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
                        "HF_HOME": str(tmp_path / "hf")}
         ended = prepare(f"--out_dir={tmp_path}", **environment)
         assert ended.returncode == 0, ended.stderr
         assert bins(tmp_path) == oracle(SENTENCES)
-        assert sum(method == "GET" and path.endswith(".parquet")
-                   for method, path, _ in hub.requests) == 2
         ended = prepare("--source=no/such", f"--out_dir={tmp_path / 'b'}", **environment)
         assert ended.returncode == 1 and "'no/such' doesn't exist on the Hub" in ended.stderr
         assert "--source=PATH" in ended.stderr
+
+
+def test_csv_on_the_hub(prepare, tmp_path):
+    """Two files with more columns than `text`."""
+    files = {}
+    for i, rows in enumerate((SENTENCES[:300], SENTENCES[300:])):
+        path = csv_file(tmp_path / f"part_{i}", rows)
+        files[path.name] = path.read_bytes()
+    with serve(files, "kd13/bookcorpus-clean") as hub:
+        ended = prepare("--source=kd13/bookcorpus-clean", f"--out_dir={tmp_path}",
+                        HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path) == oracle(SENTENCES)
 
 
 def test_hub_offline(refused, tmp_path):
