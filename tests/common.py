@@ -201,5 +201,6 @@ def stage_of(work):
             return "moving"
         if "val.bin" in names:
             return "writing"
-        return "tokenizing" if any(name.startswith(("tmp", "tokens")) for name in names) else "loading"
+        tokenizing = any(name.startswith(("tmp", "tokens")) for name in names)
+        return "tokenizing" if tokenizing else "loading"
     return "start"

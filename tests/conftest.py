@@ -65,6 +65,6 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def train(dataset, tmp_path):
-    """train(*flags, ...) trains a very small GPT into tmp_path/out; returns the CompletedProcess."""
+    """train(*flags, ...) trains a very small GPT into tmp_path/out. Returns a CompletedProcess."""
     return lambda *flags, **options: run_script(
         TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY, *flags, **options)

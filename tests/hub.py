@@ -29,14 +29,15 @@ class Hub(http.server.ThreadingHTTPServer):
     def entries(self, folder="", recursive=True):
         """The tree entries of the files in `folder`, and of its folders if not recursive."""
         prefix = f"{folder}/" if folder else ""
-        below = {path: body for path, body in self.files.items() if path.startswith(prefix)}
-        folders = {prefix + path.removeprefix(prefix).split("/")[0] for path in below} - below.keys()
-        found = [{"type": "file", "path": path, "size": len(body),
+        below = {path.removeprefix(prefix): body for path, body in self.files.items()
+                 if path.startswith(prefix)}
+        folders = {path.split("/")[0] for path in below} - below.keys()
+        found = [{"type": "file", "path": prefix + path, "size": len(body),
                   "oid": hashlib.sha1(body).hexdigest(),
                   "lfs": {"oid": hashlib.sha256(body).hexdigest(), "size": len(body),
                           "pointerSize": 134}}
-                 for path, body in below.items() if recursive or "/" not in path.removeprefix(prefix)]
-        return found + [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
+                 for path, body in below.items() if recursive or "/" not in path]
+        return found + [{"type": "directory", "path": prefix + path, "size": 0, "oid": "0" * 40}
                         for path in sorted(folders)]
 
 

