@@ -194,6 +194,7 @@ OTHER_SYSTEM = """
 import os, signal
 for name in "fork", "forkpty", "posix_fallocate", "register_at_fork", "sched_getaffinity":
     delattr(os, name)
+os.process_cpu_count = os.cpu_count  # in Python 3.13 it calls sched_getaffinity
 del signal.pthread_sigmask
 for name in dir(signal):
     if (name.startswith("SIG") and name[3:].isalpha()

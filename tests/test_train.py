@@ -466,7 +466,7 @@ def test_stopped_job_and_killed_process(start_job, tmp_path):
 
 def test_data_replaced_while_training(train, start_train, dataset, tmp_path):
     """The run keeps reading the old version if another file is moved into its place."""
-    flags = "--max_iters=60", "--eval_interval=30"
+    flags = "--max_iters=20", "--eval_interval=10"
     assert train(*flags).returncode == 0
     shutil.move(tmp_path / "out", tmp_path / "whole")
     data = shutil.copytree(dataset, tmp_path / "data")
