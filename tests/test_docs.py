@@ -40,11 +40,11 @@ def test_prepare_commands(monkeypatch, tmp_path):
                 for name in ("train", "val")]
     assert f"`| tokens | {n_tokens[0]:,} | {n_tokens[1]:,} |`" in README
     summary = re.search(r"(?s)```text\n(.*?)- seconds", README)[1]
-    assert ended.stdout.startswith(summary), "the summary in the README"
+    assert ended.stdout.startswith(summary), "the README shows another summary"
     body = write_parquet(tmp_path / "rows.parquet", SENTENCES).read_bytes()
     with serve({"data/train-00000-of-00001.parquet": body}) as hub:
-        ended = run_script(PREPARE, *real, f"--out_dir={tmp_path / 'real'}", HF_ENDPOINT=hub.url,
-                           HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+        ended = run_script(PREPARE, *real, f"--out_dir={tmp_path / 'real'}",
+                           **hub.environment(tmp_path))
     assert ended.returncode == 0 and (tmp_path / "real" / "train.bin").exists(), ended.stderr
 
 
@@ -85,7 +85,7 @@ def test_train_commands(monkeypatch, words, dataset, tmp_path):
 
 @pytest.mark.parametrize("words", TORCHRUN_COMMANDS, ids=" ".join)
 def test_torchrun_commands(words, dataset, tmp_path):
-    """With two processes. Instead of two machines, there are two launchers on this one."""
+    """With two processes. Two launchers on this machine replace two nodes."""
     launch, flags = words[:words.index("train.py")], words[words.index("train.py") + 1:]
     text = " ".join(launch)
     n_nodes = int(re.search(r"--nnodes=(\d+)|$", text)[1] or 1)

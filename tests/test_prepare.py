@@ -98,6 +98,7 @@ def test_full_word_cache_is_cleared(monkeypatch):
         rows = ADVERSARIAL[first:first + 500]
         tokens = module.Words().encode(pa.array(rows))
         assert tokens.to_pylist() == [row_bytes(row) for row in rows]
+    assert len(module.Words().index) < len(set(" ".join(ADVERSARIAL).split(" "))) / 2
 
 
 @settings(max_examples=200, deadline=None)
@@ -219,7 +220,7 @@ def test_sources(prepare, tmp_path, make):
 
 
 def test_hub(prepare, tmp_path):
-    """Without --source, prepare.py loads SamuelYang/bookcorpus. The files have its names."""
+    """Without --source, prepare.py loads SamuelYang/bookcorpus. Its files have these names."""
     path, rows = tmp_path / "bookcorpus-train.arrow", pa.table({"text": SENTENCES})
     with pa.ipc.new_stream(path, rows.schema) as file:
         file.write_table(rows, 100)
@@ -228,8 +229,7 @@ def test_hub(prepare, tmp_path):
     files = {path.name: path.read_bytes(), "LICENSE": b"", ".gitattributes": b"",
              "dataset_info.json": json.dumps(info).encode()}
     with serve(files) as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
-                       "HF_HOME": str(tmp_path / "hf")}
+        environment = hub.environment(tmp_path)
         ended = prepare(f"--out_dir={tmp_path}", **environment)
         assert ended.returncode == 0, ended.stderr
         assert bins(tmp_path) == oracle(SENTENCES)
@@ -246,7 +246,7 @@ def test_csv_on_the_hub(prepare, tmp_path):
         files[path.name] = path.read_bytes()
     with serve(files, "kd13/bookcorpus-clean") as hub:
         ended = prepare("--source=kd13/bookcorpus-clean", f"--out_dir={tmp_path}",
-                        HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+                        **hub.environment(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path) == oracle(SENTENCES)
 
@@ -297,7 +297,7 @@ def test_overlap(prepare, tmp_path, shuffle, test_size):
         order = np.roll(np.arange(1000), n_val)
     val, train = [rows[i] for i in order[:n_val]], {rows[i] for i in order[n_val:]}
     share = sum(row in train for row in val) / n_val
-    assert f"in the training split: {share:.1%} (exact match, {n_val} rows)" in ended.stdout
+    assert f"in the training split: {share:.1%} of {n_val} (exact match)" in ended.stdout
 
 
 def test_overlap_of_a_large_validation_split(prepare, tmp_path):
@@ -306,22 +306,21 @@ def test_overlap_of_a_large_validation_split(prepare, tmp_path):
     source = write_parquet(tmp_path / "rows.parquet", rows)
     ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", f"--test_size={200 / 310}",
                     "--shuffle=False")
-    overlap = "in the training split: 0.0% (exact match, 100,000 rows)"
+    overlap = "in the training split: 0.0% of 100,000 (exact match)"
     assert overlap in ended.stdout, ended.stderr
 
 
 def test_statistics_in_the_readme(prepare, tmp_path):
-    """Only a run on the real corpus in the default folder updates the readme."""
+    """Only a run with the default --source and --out_dir updates the readme."""
     folder = shutil.copytree(PREPARE.parent, tmp_path / "data" / "bookcorpus",
                              ignore=shutil.ignore_patterns("*.bin"))
     readme, script = folder / "readme.md", folder / "prepare.py"
     before = readme.read_text(encoding="utf-8")
     body = write_parquet(tmp_path / "rows", SENTENCES).read_bytes()
     with serve({"data/train-00000-of-00001.parquet": body}) as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
-                       "HF_HOME": str(tmp_path / "hf")}
+        environment = hub.environment(tmp_path)
         for flags in [f"--source={SAMPLE}"], [f"--out_dir={tmp_path / 'other'}"]:
-            prepare(*flags, script=script, **environment)
+            assert prepare(*flags, script=script, **environment).returncode == 0
             assert readme.read_text(encoding="utf-8") == before
         flags = "--overwrite=True", f"--out_dir={folder / '..' / 'bookcorpus'}"
         ended = prepare(*flags, script=script, **environment)
@@ -455,7 +454,7 @@ def test_out_dir_is_a_file(refused, tmp_path):
     assert path.read_text() == "old"
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that root can't write")
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="root can write to all other folders")
 def test_out_dir_is_not_writable(refused):
     assert "/proc/self" in refused(f"--source={SAMPLE}", "--out_dir=/proc/self")
 

@@ -50,8 +50,7 @@ def body(tmp_path_factory):
 def from_hub(prepare, tmp_path):
     """from_hub(hub) runs prepare.py into tmp_path/out and returns its CompletedProcess."""
     return lambda hub, **options: prepare(
-        f"--out_dir={tmp_path / 'out'}", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0",
-        HF_HOME=str(tmp_path / "hf"), **options)
+        f"--out_dir={tmp_path / 'out'}", **hub.environment(tmp_path), **options)
 
 
 def test_busy_hub_is_asked_again(from_hub, body, tmp_path):
@@ -128,7 +127,7 @@ def test_unreachable_hub(from_hub):
 
 
 def test_download_starts_no_worker_processes(start, tmp_path):
-    """So none of them can be killed. Files are downloaded one after the other."""
+    """The main process downloads one file at a time, so no worker process can be killed."""
     requested, done = [], threading.Event()
 
     def fault(method, path, handler):
@@ -140,7 +139,7 @@ def test_download_starts_no_worker_processes(start, tmp_path):
     files = {f"data/train-0000{i}-of-00002.parquet": b"never sent, file %d" % i for i in range(2)}
     with serve(files, fault=fault) as hub:
         process = start(PREPARE, f"--out_dir={tmp_path / 'out'}", "--num_proc=2",
-                        HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+                        **hub.environment(tmp_path))
         wait_for(lambda: requested, process)
         try:
             assert len(requested) == 1 and child_processes(process.pid) == []
@@ -173,7 +172,7 @@ def test_full_disk_of_the_cache(from_hub, body):
 
 
 def test_full_disk_of_out_dir(prepare, tmp_path):
-    """At each stage that writes."""
+    """While the tokens are written, and while train.bin is."""
     source = write_jsonl(tmp_path / "rows.jsonl", adversarial_rows(4000, seed=3))
     out = tmp_path / "out"
     assert prepare(f"--source={SAMPLE}", f"--out_dir={out}").returncode == 0
@@ -258,7 +257,7 @@ def test_out_dir_through_a_symbolic_link(prepare, refused, tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A Parquet file that takes prepare.py some seconds, and its rows. They are sorted by length,
+    """A Parquet file that takes prepare.py a few seconds, and its rows. They are sorted by length,
     so that of two worker processes the first ends early."""
     rows = sorted(adversarial_rows(4000, seed=1) * 60, key=len)
     return write_parquet(tmp_path_factory.mktemp("corpus") / "rows.parquet", rows), rows
@@ -298,7 +297,7 @@ def test_stopped_by_a_signal(start_until, prepare, tmp_path, number, method):
 
 @pytest.mark.parametrize("moment", ["before", "after_in_parent"])
 def test_stopped_while_it_forks(prepare, tmp_path, moment):
-    """Python ignores exceptions in callbacks of a fork."""
+    """Python ignores exceptions in fork callbacks, so the signal handler must not raise one."""
     ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2", before=(
         "import os, signal\n"
         f"os.register_at_fork({moment}=lambda: os.kill(os.getpid(), signal.SIGTERM))"))
@@ -326,7 +325,7 @@ def test_stopped_while_it_moves_the_files(start, prepare, tmp_path):
 @pytest.mark.parametrize("index, message", [
     (0, "abruptly died"), (-1, "worker process killed|Connection re")], ids=["worker", "manager"])
 def test_killed_child_process(start_until, tmp_path, index, message):
-    """As by the kernel when memory runs out: the run ends within seconds with an error."""
+    """As by the kernel when memory runs out. The run fails within seconds."""
     process = start_until("tokenizing")
     wait_for(lambda: len(child_processes(process.pid)) == 3, process)
     os.kill(child_processes(process.pid)[index], signal.SIGKILL)
@@ -339,7 +338,7 @@ def test_killed_child_process(start_until, tmp_path, index, message):
 @pytest.mark.parametrize("number, whole_group", [
     (signal.SIGKILL, False), (signal.SIGINT, True), (signal.SIGTERM, True)])
 def test_signal_to_a_worker_process_with_a_lock(start_until, tmp_path, number, whole_group):
-    """One that has finished its part waits for more and has the lock of the pool's queue."""
+    """An idle worker process waits for work and holds the lock of the pool's queue."""
     process = start_until("tokenizing")
     work = tmp_path / "out" / ".prepare" / "work"
     wait_for((work / "tokens_00000_of_00002.arrow").exists, process)
@@ -395,13 +394,13 @@ def run_with_pool(folder, code):
 
 
 def test_pool_ends_while_its_workers_start(tmp_path):
-    """A pool that has its results at once sends SIGTERM to workers that have just been forked."""
+    """A pool whose results are ready immediately sends SIGTERM to workers just forked."""
     run_with_pool(tmp_path, "for _ in range(40):\n"
                             "    with multiprocess.Pool(4) as pool: pool.map(abs, [1])")
 
 
 def test_pool_ends_after_its_workers_were_killed(tmp_path):
-    """One of them has the lock that the pool needs."""
+    """One of them held the lock that the pool needs."""
     run_with_pool(tmp_path, (
         "with multiprocess.Pool(2) as pool:\n"
         "    assert pool.map(abs, [-1]) == [1]\n"

@@ -1,4 +1,4 @@
-"""The programs in tests/tools run, and their output is correct."""
+"""The output of the programs in tests/tools."""
 import re
 import sys
 

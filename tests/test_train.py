@@ -27,15 +27,15 @@ MODEL_ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, voc
 
 @pytest.fixture
 def start_train(start, dataset, tmp_path):
-    """start_train(*flags) starts such a run as `train` does and returns its Popen."""
-    return lambda *flags, out="out", **options: start(
-        TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / out}", *TINY, *flags,
+    """start_train(*flags) starts the same run as `train` and returns its Popen."""
+    return lambda *flags, **options: start(
+        TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY, *flags,
         PYTHONUNBUFFERED="1", **options)
 
 
 @pytest.fixture
 def start_job(start, dataset, tmp_path):
-    """start_job(*flags) starts such a run with two processes into tmp_path/two."""
+    """start_job(*flags) starts it with two processes, into tmp_path/two. Returns their Popen."""
     return lambda *flags, **environment: start(
         TORCHRUN, "--standalone", "--nproc_per_node=2", TRAIN, f"--dataset={dataset}",
         f"--out_dir={tmp_path / 'two'}", *TINY, *flags, PYTHONUNBUFFERED="1", **environment)
@@ -183,7 +183,7 @@ def test_learning_rate_schedule():
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_default_dtype_on_cuda(monkeypatch):
-    """float16 on older GPUs, which only emulate bfloat16, and slowly."""
+    """float16 on older GPUs, where bfloat16 is emulated and slow."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
@@ -228,7 +228,7 @@ def test_export(refused, tmp_path, bias, activation):
     flags, folder = (f"--out_dir={tmp_path}", f"--export={tmp_path / 'gpt'}"), tmp_path / "gpt"
     ended = run_script(TRAIN, *flags, before=(
         "import os, shutil\nshutil.copy = lambda *arguments: os._exit(9)"))
-    assert ended.returncode == 9 and not folder.exists(), "all or nothing"
+    assert ended.returncode == 9 and not folder.exists(), "a failed export left a folder"
     ended = run_script(TRAIN, *flags)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "gpt"}
@@ -293,7 +293,7 @@ def test_training(train, dataset, tmp_path):
     checkpoint = checkpoint_in(out)
     assert checkpoint["iter_num"] == 21 and checkpoint["model_args"] == MODEL_ARGS
     assert checkpoint["config"]["dataset"] == str(dataset) and "muon" not in checkpoint
-    assert f"{out / 'ckpt.pt'} has iteration 21" in ended.stdout.splitlines()[-1]
+    assert f"saved in {out / 'ckpt.pt'}: iteration 21" in ended.stdout.splitlines()[-1]
     # --eval_iters=0 is the loss on all full blocks of val.bin
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     ended = train("--init_from=resume", "--eval_only=True", "--eval_iters=0")
@@ -321,7 +321,7 @@ def test_resumed_bit_for_bit(train, start_train, refused, dataset, tmp_path):
         assert ended.stderr == ""
         if number:
             reached = checkpoint_in(tmp_path / "out")["iter_num"]
-            assert f"has iteration {reached}" in ended.stdout
+            assert f"ckpt.pt: iteration {reached}" in ended.stdout
             assert "--init_from=resume" in ended.stdout
             with open(tmp_path / "out" / "log.jsonl", "a") as log:
                 log.write('{"iter": 3, "lo')  # as after a kill
@@ -384,16 +384,16 @@ def test_second_ctrl_c(start_train):
 
 
 def test_second_sigterm(start_train, tmp_path):
-    """torchrun sends SIGTERM to processes that already have it. The checkpoint is written."""
-    flags = "--eval_interval=1000000", "--gradient_accumulation_steps=100"  # about 1 s
+    """torchrun may send SIGTERM twice. The checkpoint is still written."""
+    flags = "--eval_interval=1000000", "--gradient_accumulation_steps=100"  # an iteration takes 1 s
     process = start_train(*flags)
     next(line for line in process.stdout if line.startswith("iter 0"))
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)  # or the kernel delivers one signal
+    time.sleep(0.1)  # or the kernel may merge the two signals
     process.send_signal(signal.SIGTERM)
     ended = finish(process)
     assert (ended.returncode, ended.stderr) == (143, "")
-    assert f"has iteration {checkpoint_in(tmp_path / 'out')['iter_num']}" in ended.stdout
+    assert f"ckpt.pt: iteration {checkpoint_in(tmp_path / 'out')['iter_num']}" in ended.stdout
 
 
 def test_evaluation_batches_differ_from_training_batches(dataset):
@@ -449,7 +449,7 @@ def test_stopped_job_and_killed_process(start_job, tmp_path):
     job.send_signal(signal.SIGTERM)
     ended = finish(job)
     reached = checkpoint_in(tmp_path / "two")["iter_num"]
-    assert f"has iteration {reached}" in ended.stdout
+    assert f"ckpt.pt: iteration {reached}" in ended.stdout
     assert f"{TRAIN}\", line" not in ended.stderr, ended.stderr
 
     job = start_job(*flags, "--init_from=resume")
@@ -526,7 +526,7 @@ def test_only_the_best_checkpoint(train, start_train, tmp_path):
     next(line for line in process.stdout if line.startswith("iter 5"))
     process.send_signal(signal.SIGINT)
     ended = finish(process)
-    assert ended.returncode == 130 and "ckpt.pt has iteration 4" in ended.stdout
+    assert ended.returncode == 130 and "ckpt.pt: iteration 4" in ended.stdout
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == best
 
 
@@ -581,7 +581,7 @@ def test_paths_with_special_characters(prepare, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Random reads from 1 GiB touch 800 MB, which a memory map that is kept would retain."""
+    """Random reads from 1 GiB load 800 MB, which a memory map would keep until it is closed."""
     os.truncate(os.open(tmp_path / "train.bin", os.O_CREAT | os.O_RDWR), 1 << 30)
     (tmp_path / "read.py").write_text(
         f"import resource, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import train\n"
@@ -594,7 +594,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         f"file = open({str(tmp_path / 'train.bin')!r}, 'rb')\n"
         "print(read(1), read(200))\n")
     before, after = map(int, run_script(tmp_path / "read.py").stdout.split())
-    assert after - before < 100_000, "KiB"
+    assert after - before < 100_000, f"memory grew by {after - before:,} KiB"
 
 
 # sampling ------------------------------------------------------------------
@@ -650,7 +650,7 @@ def test_bad_flags(capsys, flag, message):
     assert errors.startswith("train.py: ") and message in errors
 
 
-def test_limits_of_flags_are_accepted():
+def test_boundary_values_of_flags_are_accepted():
     flags = ["--eval_iters=0", "--seed=0", "--grad_clip=0", "--dropout=0", "--temperature=0",
              "--batch_size=1", "--min_lr=0", "--decay_lr=False", "--start="]
     config, given = module.parse_flags(flags)
@@ -661,10 +661,10 @@ def test_limits_of_flags_are_accepted():
 @pytest.mark.parametrize("flag, status, message", [
     ("--n_heads=2", 2, "--n_heads=2"), ("--device=tpu9", 1, "--device=tpu9"),
     ("--device=cuda", 1, "--device=cuda"), ("--init_from=gpt5", 1, "--init_from=gpt5"),
-    ("--init_from=resume", 1, "no checkpoint"),
-    ("--block_size=100000", 1, "too few for --block_size"),
-    ("--dataset=nothing/here", 1, "prepare.py"), ("--sample=True", 1, "no checkpoint"),
-    ("--export=folder", 1, "no checkpoint"),
+    ("--init_from=resume", 1, "checkpoint missing"),
+    ("--block_size=100000", 1, "too small for --block_size"),
+    ("--dataset=nothing/here", 1, "prepare.py"), ("--sample=True", 1, "checkpoint missing"),
+    ("--export=folder", 1, "checkpoint missing"),
     ("--optimizer=muon --dtype=float16", 1, "not supported with --dtype=float16")])
 def test_bad_requests(refused, dataset, tmp_path, flag, status, message):
     if flag == "--device=cuda" and torch.cuda.is_available():
@@ -676,7 +676,7 @@ def test_bad_requests(refused, dataset, tmp_path, flag, status, message):
 
 BAD_DATA = {
     "odd size": (lambda folder: os.truncate(folder / "train.bin", 1001), "1,001 bytes"),
-    "short": (lambda folder: os.truncate(folder / "val.bin", 32), "too few for --block_size"),
+    "short": (lambda folder: os.truncate(folder / "val.bin", 32), "too small for --block_size"),
     "missing": (lambda folder: (folder / "val.bin").unlink(), "val.bin"),
     "character level": (lambda folder: (folder / "meta.pkl").write_bytes(b""), "meta.pkl"),
 }
@@ -722,7 +722,7 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
         broken.append(file.getvalue())
     for content in broken:
         path.write_bytes(content)
-        with pytest.raises(module.UserError, match="ckpt.pt: no checkpoint found"):
+        with pytest.raises(module.UserError, match="ckpt.pt: checkpoint missing or damaged"):
             module.load_checkpoint(path)
     assert "damaged" in refused(*flags, script=TRAIN) and not pathlib.Path("made").exists()
     assert path.read_bytes() == content
@@ -731,7 +731,7 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
 
 
 def test_loss_that_is_not_finite(train, tmp_path):
-    """It is an error, and the checkpoint is kept. A large loss is not."""
+    """It is an error, and the checkpoint is kept. A large but finite loss is no error."""
     ended = train("--max_iters=1", "--eval_interval=1", "--learning_rate=10", "--decay_lr=False")
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
     assert max(steps(ended.stdout).values()) > 709

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOOKCORPUS = "SamuelYang/bookcorpus"  # 74,004,228 rows, one sentence each, 4.85 GB of text
-# files that are skipped in a folder; the JSON and cache files are from save_to_disk of `datasets`
+# files that are skipped in a folder: documents, and files that `datasets` writes beside the data
 NOT_DATA = r"(?i)(readme|license)(\.\w+)?$|.*\.md$|(dataset_\w+|state)\.json$|cache-.*\.arrow$"
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = 50256
@@ -46,7 +46,7 @@ VOCABULARY = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0b
               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 CACHE_BYTES = 16 << 20  # cached tokens per worker process: about 1.3 million words
 BATCH_BYTES = 8 << 20  # text per call of tokenize
-SHARD_BYTES = 32 << 20  # tokens per write
+SHARD_BYTES = 32 << 20  # bytes of tokens per write
 OVERLAP_ROWS = 100_000  # validation rows that are looked up in the training split
 
 
@@ -66,7 +66,7 @@ def parse_flags():
     add("--out_dir", type=pathlib.Path, default=HERE, help="folder for train.bin and val.bin")
     add("--test_size", type=float, default=0.0005, help="fraction of the rows for val.bin")
     add("--seed", type=int, default=2357, help="seed of the shuffle")
-    add("--shuffle", type=boolean, default=True, help="False: val.bin is the end of the corpus")
+    add("--shuffle", type=boolean, default=True, help="False: keep the order; val.bin is the end")
     add("--num_proc", type=int, default=cpus, help="number of worker processes")
     add("--overwrite", type=boolean, default=False, help="replace files made with other flags")
     flags = parser.parse_args()
@@ -78,7 +78,7 @@ def parse_flags():
 
 
 def find_files(source):
-    """Sorted data files of a local file, folder or glob; an empty list for a name on the Hub.
+    """Sorted data files for a local file, folder or glob; an empty list for a name on the Hub.
     Raises ValueError for files of more than one format: `datasets` would load only one of them.
     """
     if os.path.isdir(source):
@@ -92,7 +92,7 @@ def find_files(source):
     ending = r"(\.[a-z]+)?(\.(gz|zst|xz|bz2|lz4))?$"
     formats = {re.search(ending, file.lower())[0]: file for file in files}
     if len(formats) > 1:
-        raise ValueError(f"more than one format: {', '.join(formats.values())}; use a glob for one")
+        raise ValueError(f"more than one format: {', '.join(formats.values())}; choose with a glob")
     return files
 
 
@@ -100,7 +100,7 @@ def load(source, work, num_proc):
     """Load `source` as a Dataset with one column, `text`, of strings without nulls."""
     where = {"path": source}
     if files := find_files(source):
-        # `work` is empty: in the folder of the files, `datasets` could find a dataset card
+        # `work` is empty: beside the files, `datasets` could find a dataset card
         where = {"path": str(work), "data_files": [glob.escape(file) for file in files]}
     for attempt in range(6):
         try:
@@ -109,7 +109,7 @@ def load(source, work, num_proc):
                 **where, split="train", num_proc=num_proc, writer_batch_size=100_000,
                 download_config=datasets.DownloadConfig(num_proc=1))
             break
-        except HfHubHTTPError as error:  # huggingface_hub retries, but not a download on 5xx
+        except HfHubHTTPError as error:  # huggingface_hub does not retry a download on 5xx
             if error.response.status_code < 500 or attempt == 5:
                 raise
             time.sleep(2 ** attempt)
@@ -128,13 +128,13 @@ def refuse_to_replace(out_dir, origin):
     except (OSError, ValueError, LookupError, TypeError):
         made_from = "unknown data"
     if made_from != origin and any((out_dir / name).exists() for name in ("train.bin", "val.bin")):
-        raise ValueError(f"{out_dir} has files of another source or settings; use another --out_dir"
-                         f" or --overwrite=True (made from {made_from}, not {origin})")
+        raise ValueError(f"{out_dir} has files made from another source or with other settings; use"
+                         f" another --out_dir or --overwrite=True ({made_from}, not {origin})")
 
 
 class RowNumbers(datasets.Dataset):
-    """A Dataset whose train_test_split returns row numbers, int64, in place of the rows: 4 s and
-    0.6 GB for 74 million rows. `select` of `datasets` makes a Python list: 17 s and 4.2 GB."""
+    """A Dataset whose train_test_split returns row numbers, int64, instead of rows: 4 s and
+    0.6 GB for 74 million rows. Dataset.select makes a Python list of them: 17 s and 4.2 GB."""
 
     def select(self, indices, new_fingerprint=None, **options):
         return datasets.Dataset(pa.table({"row": indices}), fingerprint=new_fingerprint)
@@ -187,7 +187,7 @@ class Words:
         bounds = bounds - bounds[0]
         is_start = np.zeros(len(data) + 1, bool)
         is_start[:-2] = (data[:-1] == ord(" ")) & (data[1:] > 32) & (data[1:] < 127)
-        is_start[bounds[1:] - 1] = False  # a space that ends a row is not before text of that row
+        is_start[bounds[1:] - 1] = False  # after a space that ends a row, another row begins
         is_start[bounds[:-1]] = True
         is_start[-1] = False  # set by an empty last row
         # two cuts at the end of each row: the empty word between them becomes END_OF_TEXT
@@ -267,7 +267,7 @@ def write_splits(work, chunks, train, val, num_proc):
             stats[name], found = write(path, chunks, rows, lengths[rows], known, pool)
     overlap = found[pc.index_in(sample, known)].mean()
     return stats | {"validation rows that also occur in the training split":
-                    f"{overlap:.1%} (exact match, {len(sample):,} rows)"}
+                    f"{overlap:.1%} of {len(sample):,} (exact match)"}
 
 
 def publish(work, out_dir):
@@ -299,7 +299,7 @@ def summary(stats):
 
 
 def update_readme(new, block):
-    """Replace the statistics in readme.md by `block`. `new` is the path of a temporary file."""
+    """Replace the statistics in readme.md with `block`. `new` is the path of a temporary file."""
     text = (HERE / "readme.md").read_text("utf-8")
     new.write_text(re.sub("(?s)(?<=<!-- statistics -->\n).*(?=<!-- end of statistics -->)",
                           lambda _: block + "\n", text), "utf-8")
@@ -318,7 +318,7 @@ def prepare(flags, work):
               "shuffle": flags.shuffle}
     if not flags.overwrite:
         refuse_to_replace(flags.out_dir, origin)
-    # tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text of BookCorpus
+    # for BookCorpus, tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text
     if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
         raise RuntimeError(f"{work}: {free:,} bytes free, about {1.2 * text_bytes:,.0f} needed")
     splits = RowNumbers(rows.data, fingerprint="rows").train_test_split(
@@ -366,7 +366,7 @@ def start_worker(_):
 
 
 def set_up_processes(folder):
-    """On Ctrl-C or SIGTERM, remove `folder` and exit at once."""
+    """Install Pool, and a handler of Ctrl-C and SIGTERM that removes `folder` and exits."""
     main_process = os.getpid()
 
     def stop(number, frame):
@@ -391,10 +391,10 @@ def message(error):
 
 def main():
     flags = parse_flags()
-    datasets.logging.set_verbosity_error()  # names the file that could not be read
+    datasets.logging.set_verbosity_error()  # errors name the file that could not be read
     folder = flags.out_dir / ".prepare"
     try:
-        gpt2()  # before anything that takes long, and shared with forked workers
+        gpt2()  # before anything slow, and shared with forked workers
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", blocking=False):
             set_up_processes(folder)

@@ -1,5 +1,5 @@
-# Train a small GPT on the sample, a story of 444 sentences: about two minutes on two CPU cores.
-# It memorizes the story (overfits), so the validation loss increases after a while.
+# Train a small GPT on the sample, which prepare.py has tokenized to data/sample (see the README).
+# It memorizes the story (overfits), so the validation loss eventually increases.
 #
 #     python train.py data/bookcorpus/train_sample.py
 #     python train.py data/bookcorpus/train_sample.py --sample=True
@@ -21,7 +21,7 @@ max_iters = 400
 lr_decay_iters = 400
 
 eval_interval = 100
-eval_iters = 0  # all of val.bin
+eval_iters = 0  # evaluate on all of val.bin
 log_interval = 10
 
 start = "mara looked"

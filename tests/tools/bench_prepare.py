@@ -1,11 +1,11 @@
-"""Compare the time of prepare.py with tiktoken alone, and measure its memory and disk space.
+"""Compare the time of prepare.py with that of tiktoken alone, and measure its memory and disk use.
 
     python tests/tools/bench_prepare.py --rows=7400423           # a corpus made from the sample
     python tests/tools/bench_prepare.py --source=some.parquet    # a Parquet file, folder or glob
 
 First calls tiktoken's `encode_ordinary` for each row, in --num_proc processes. Then runs
 prepare.py with empty caches and compares the bytes with the oracle. Prints the time and the peak
-memory of each stage (private memory of all processes together, Linux only) and the disk space.
+memory of each stage (anonymous memory of all processes together, Linux only) and the disk space.
 """
 import argparse
 import contextlib
@@ -74,7 +74,7 @@ def time_tiktoken(files, num_proc):
 
 
 def private_memory(pid):
-    """Bytes of private memory of `pid` and its child processes; pages they share count once."""
+    """Bytes of anonymous memory of `pid` and its descendants; pages that they share count once."""
     with contextlib.suppress(OSError, TypeError):  # the process has ended
         text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
         own = 1024 * int(re.search(r"Pss_Anon: *(\d+)", text)[1])
@@ -114,7 +114,7 @@ def run_prepare(flags, work):
         stage, start = list(starts)[-1], time.perf_counter()
         peak_memory[stage] = max(peak_memory.get(stage, 0), private_memory(process.pid))
         peak_disk = max(peak_disk, disk_space(work / "out"))
-        # the kernel needs long for gigabytes of mapped memory: use at most 1/30 of a core
+        # reading smaps_rollup is slow with gigabytes of mapped memory: use at most 1/30 of a core
         time.sleep(max(0.1, 30 * (time.perf_counter() - start)))
     times = [*starts.values(), time.perf_counter()]
     reader.join()

@@ -3,7 +3,8 @@
     python tests/tools/check_novels.py novels.parquet expected.json
 
 expected.json is a list of settings: `flags`, and for `train` and `val` the sha256 and the tokens.
-The settings run with 1, 2 and 5 processes in turn. Stops at the first difference.
+The first setting runs with 1 process, the second with 2, the third with 5, and so on.
+Stops at the first difference.
 """
 import argparse
 import hashlib

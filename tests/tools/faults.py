@@ -5,12 +5,13 @@
 - Sends SIGKILL, SIGINT or SIGTERM to prepare.py --count times: to its process group or to one of
   its processes, at a random time in each stage in turn. The moves at the end are slowed down.
 - Fills the disk of prepare.py, a fifth as often. This needs permission to mount a tmpfs.
-- Kills train.py, a third as often, half of the times while it saves a checkpoint.
+- Kills train.py, a third as often, every other time while it saves a checkpoint.
 - Compares the tokens of adversarial rows, and of one row of 100 MB, with the oracle.
 
-After each fault: existing files are unchanged, no file is partial, old and new files are not
-mixed, no process is still running, and the next run succeeds. Prints the number of faults of each
-kind and of failed checks. The exit status is 1 if a check failed.
+After a signal, checks that no file is partial, old and new files are not mixed, no process is
+still running, and the next run succeeds. After a full disk, checks that existing files are
+unchanged. After a kill of train.py, checks that the resumed run ends with the same weights. Prints
+the number of faults of each kind and of failed checks. The exit status is 1 if a check failed.
 """
 import argparse
 import collections
@@ -34,7 +35,7 @@ from common import (  # noqa: E402
     PREPARE, SENTENCES, TRAIN, adversarial_rows, bins, child_processes, finish, gpt2,
     group_has_ended, oracle, row_bytes, stage_of, start_script, wait_for)
 
-# code for `before`: time to send a signal between two moves, or while a checkpoint is being saved
+# code for `before` that leaves time for a signal between two moves or while a checkpoint is saved
 SLOW_MOVES = """
 import os, time
 replace = os.replace
@@ -156,7 +157,7 @@ def signal_prepare(faults, count, n_rows):
         start = time.monotonic()
         ended = faults.finish(process, 30)
         faults.check(ended.returncode == 0 or time.monotonic() - start < 20,
-                     f"{when}: ended only after 20 s")
+                     f"{when}: took more than 20 s to end")
         if number != signal.SIGKILL:
             faults.check(ended.returncode in (0, 128 + number),
                          f"{when}: exit status {ended.returncode}")
@@ -195,11 +196,11 @@ def small_disk(folder, size):
 
 
 def fill_disk(faults, count):
-    """Run prepare.py on a disk that is too small, or that this program fills up meanwhile."""
+    """Run prepare.py on a disk that is too small, or that this program fills during the run."""
     expected = oracle(adversarial_rows(3000, seed=1), test_size=0.1)
     disk = faults.folder / "disk"
     for i in faults.attempts(count):
-        is_cache = i % 4 == 3  # the small disk has the cache of `datasets` in place of out_dir
+        is_cache = i % 4 == 3  # the small disk has the cache of `datasets` instead of out_dir
         size = faults.rng.choice([1 << 20, 3 << 20]) if i % 2 else 32 << 20
         with small_disk(disk, size) as mounted:
             if not mounted:
@@ -231,7 +232,7 @@ def fill_disk(faults, count):
 
 
 def kill_train(faults, count):
-    """Kill train.py at random times, half of them while it saves a checkpoint, and resume it."""
+    """Kill train.py at random times, or while it saves a checkpoint, in turn; then resume it."""
     data, out = faults.folder / "tokens", faults.folder / "train"
     data.mkdir()
     for name in "train", "val":
@@ -267,7 +268,7 @@ def kill_train(faults, count):
         faults.counts[when] += 1
 
 
-def compare_with_oracle(faults, n_rows, seed):
+def compare_adversarial_rows(faults, n_rows, seed):
     """Compare the tokens of `n_rows` adversarial rows, and of one row of 100 * n_rows bytes."""
     source, out = faults.folder / "rows.parquet", faults.folder / "rows"
 
@@ -312,7 +313,7 @@ def main():
             faults.deadline = start + 60 * flags.minutes * fraction
             if count:
                 inject(count)
-        compare_with_oracle(faults, flags.rows, flags.seed)
+        compare_adversarial_rows(faults, flags.rows, flags.seed)
     print(f"\n| fault (seed {flags.seed}) | count |\n| --- | ---: |")
     for fault, count in sorted(faults.counts.items()):
         print(f"| {fault} | {count:,} |")

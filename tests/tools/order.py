@@ -8,8 +8,8 @@ prepare.py tokenizes --source with --shuffle=False, so the validation split is t
 corpus. For each seed, train.py trains two models with the same flags and the same number of
 tokens: on the ordered training split, and on the same rows shuffled as prepare.py shuffles them.
 Both are evaluated on the validation split: in order, in windows of several lengths, and on single
-sentences. Each evaluation predicts every token once. Prints Markdown tables of the losses and
-plots them to --picture. Unknown flags are passed to train.py.
+sentences. Each evaluation predicts every token but the first. Prints Markdown tables of the losses
+and plots them to --picture. Unknown flags are passed to train.py.
 
 A small GPT spends most of its time in the output layer. So the tokens are re-encoded with the
 first --vocabulary ids of GPT-2, as if BPE training had stopped there. With 50256 they stay the
@@ -59,7 +59,7 @@ def smaller_ids(vocab_size):
 
 
 def reencode(ids, vocab_size):
-    """Re-encode the uint16 array `ids` with the ids below `vocab_size`, which ends a row."""
+    """Re-encode the uint16 array `ids` with ids below `vocab_size`. `vocab_size` ends a row."""
     return smaller_ids(vocab_size).take(pa.array(ids)).flatten().to_numpy()
 
 
@@ -159,7 +159,7 @@ def main():
     parser.add_argument("--test_size", default=0.02, help="fraction of the rows for validation")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
     parser.add_argument("--iters", type=int, default=500, help="iterations per run")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="number of GPT-2's ids to use")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="number of GPT-2 ids to use")
     parser.add_argument("--jobs", type=int, default=1 if DEVICE == "cuda" else 2,
                         help="number of runs at the same time")
     parser.add_argument("--picture", type=pathlib.Path, default=PREPARE.with_name("order.png"),
@@ -214,8 +214,9 @@ def main():
             runs = list(pool.map(run, *zip(*jobs)))
     results = {order: runs[i::len(ORDERS)] for i, order in enumerate(ORDERS)}
     plot(flags.picture, results)
-    print(f"{flags.seeds} seeds, {flags.iters * tokens_per_iter:,} tokens per run, {len(train):,}"
-          f" in the training split, {len(val):,} in the validation split; {shape['n_layer']} layers"
+    print(f"{flags.seeds} seeds, {(flags.iters + 1) * tokens_per_iter:,} tokens per run,"
+          f" {len(train):,} in the training split, {len(val):,} in the validation split;"
+          f" {shape['n_layer']} layers"
           f" of {shape['n_embd']}, {end:,} of GPT-2's ids;"
           f" {(time.monotonic() - start) / 60:.0f} min")
     print("Validation loss in nats per token: mean ± largest distance of a seed from it."

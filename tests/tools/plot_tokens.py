@@ -35,7 +35,7 @@ def main():
              100 * np.bincount(lengths, minlength=longest + 1)[:longest + 1] / len(lengths), 1)
     left.axvline(lengths.mean(), color="C1", label=f"mean {lengths.mean():.1f}")
     left.axvline(np.median(lengths), color="C2", label=f"median {np.median(lengths):.0f}")
-    left.set(xlabel="tokens per row, with end of text", ylabel="% of rows")
+    left.set(xlabel="tokens per row, including end of text", ylabel="% of rows")
     left.legend()
     top = by_rank[:20]
     middle.barh(np.arange(len(top)), 100 * counts[top] / len(ids))
