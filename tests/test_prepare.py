@@ -385,7 +385,7 @@ BAD_SOURCES = {
     "empty.csv": (text(b"text\n"), '"train" corresponds to no data'),
     "unknown.rows": (text(b"x\ny\n"), "with any supported extension ['.csv', "),
     "empty": (files(), "no data files found"),
-    "mixed": (files("a.txt", "notes.json"), "notes.json; use a glob for one"),
+    "mixed": (files("a.txt", "notes.json"), "notes.json; choose with a glob"),
     "compressed": (files("a.txt.xz", "b.json.xz"), "more than one format: "),
     "missing.parquet": (lambda path: None, "no data files found"),
     "missing/*.txt": (lambda path: None, "no data files found"),
