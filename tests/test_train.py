@@ -293,7 +293,7 @@ def test_training(train, dataset, tmp_path):
     checkpoint = checkpoint_in(out)
     assert checkpoint["iter_num"] == 21 and checkpoint["model_args"] == MODEL_ARGS
     assert checkpoint["config"]["dataset"] == str(dataset) and "muon" not in checkpoint
-    assert f"saved in {out / 'ckpt.pt'}: iteration 21" in ended.stdout.splitlines()[-1]
+    assert f"saved in {out / 'ckpt.pt'}: 21" in ended.stdout.splitlines()[-1]
     # --eval_iters=0 is the loss on all full blocks of val.bin
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     ended = train("--init_from=resume", "--eval_only=True", "--eval_iters=0")
@@ -321,7 +321,7 @@ def test_resumed_bit_for_bit(train, start_train, refused, dataset, tmp_path):
         assert ended.stderr == ""
         if number:
             reached = checkpoint_in(tmp_path / "out")["iter_num"]
-            assert f"ckpt.pt: iteration {reached}" in ended.stdout
+            assert f"ckpt.pt: {reached}" in ended.stdout
             assert "--init_from=resume" in ended.stdout
             with open(tmp_path / "out" / "log.jsonl", "a") as log:
                 log.write('{"iter": 3, "lo')  # as after a kill
@@ -393,7 +393,7 @@ def test_second_sigterm(start_train, tmp_path):
     process.send_signal(signal.SIGTERM)
     ended = finish(process)
     assert (ended.returncode, ended.stderr) == (143, "")
-    assert f"ckpt.pt: iteration {checkpoint_in(tmp_path / 'out')['iter_num']}" in ended.stdout
+    assert f"ckpt.pt: {checkpoint_in(tmp_path / 'out')['iter_num']}" in ended.stdout
 
 
 def test_evaluation_batches_differ_from_training_batches(dataset):
@@ -449,7 +449,7 @@ def test_stopped_job_and_killed_process(start_job, tmp_path):
     job.send_signal(signal.SIGTERM)
     ended = finish(job)
     reached = checkpoint_in(tmp_path / "two")["iter_num"]
-    assert f"ckpt.pt: iteration {reached}" in ended.stdout
+    assert f"ckpt.pt: {reached}" in ended.stdout
     assert f"{TRAIN}\", line" not in ended.stderr, ended.stderr
 
     job = start_job(*flags, "--init_from=resume")
@@ -526,7 +526,7 @@ def test_only_the_best_checkpoint(train, start_train, tmp_path):
     next(line for line in process.stdout if line.startswith("iter 5"))
     process.send_signal(signal.SIGINT)
     ended = finish(process)
-    assert ended.returncode == 130 and "ckpt.pt: iteration 4" in ended.stdout
+    assert ended.returncode == 130 and "ckpt.pt: 4" in ended.stdout
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == best
 
 

@@ -66,7 +66,7 @@ def parse_flags():
     add("--out_dir", type=pathlib.Path, default=HERE, help="folder for train.bin and val.bin")
     add("--test_size", type=float, default=0.0005, help="fraction of the rows for val.bin")
     add("--seed", type=int, default=2357, help="seed of the shuffle")
-    add("--shuffle", type=boolean, default=True, help="False: keep the order; val.bin is the end")
+    add("--shuffle", type=boolean, default=True, help="False: keep order; last rows in val.bin")
     add("--num_proc", type=int, default=cpus, help="number of worker processes")
     add("--overwrite", type=boolean, default=False, help="replace files made with other flags")
     flags = parser.parse_args()
@@ -100,7 +100,7 @@ def load(source, work, num_proc):
     """Load `source` as a Dataset with one column, `text`, of strings without nulls."""
     where = {"path": source}
     if files := find_files(source):
-        # `work` is empty: beside the files, `datasets` could find a dataset card
+        # `work` is empty; in the files' own folder `datasets` could find a dataset card
         where = {"path": str(work), "data_files": [glob.escape(file) for file in files]}
     for attempt in range(6):
         try:
@@ -391,7 +391,7 @@ def message(error):
 
 def main():
     flags = parse_flags()
-    datasets.logging.set_verbosity_error()  # errors name the file that could not be read
+    datasets.logging.set_verbosity_error()  # keeps errors, which name the bad file
     folder = flags.out_dir / ".prepare"
     try:
         gpt2()  # before anything slow, and shared with forked workers
