@@ -358,10 +358,13 @@ def test_signal_to_a_worker_process_with_a_lock(start_until, tmp_path, number, w
     assert group_has_ended(process.pid) and not work.parent.exists()
 
 
-@pytest.mark.parametrize("kill, stage", [(os.killpg, "writing"), (os.kill, "tokenizing")])
-def test_killed_and_run_again(start_until, prepare, tmp_path, kill, stage):
+@pytest.mark.parametrize("kill, stage, method", [
+    (os.killpg, "writing", "fork"), (os.kill, "tokenizing", "fork"),
+    (os.kill, "tokenizing", "spawn"), (os.kill, "tokenizing", "forkserver")])
+def test_killed_and_run_again(start_until, prepare, tmp_path, kill, stage, method):
     """All processes at once, or only the main process, whose worker processes then exit."""
-    process, out = start_until(stage), tmp_path / "out"
+    out, process = tmp_path / "out", start_until(stage, before=(
+        f"import multiprocess; multiprocess.set_start_method({method!r})"))
     kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=20)
     assert group_has_ended(process.pid)

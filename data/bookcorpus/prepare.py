@@ -263,9 +263,8 @@ def write_splits(work, chunks, train, val, num_proc):
     # threads, since Arrow and numpy release the GIL; no more than 8, as each takes 0.1 GB
     with concurrent.futures.ThreadPoolExecutor(min(num_proc, 8)) as pool:
         for name, rows in ("val", val), ("train", train):
-            path = work / f"{name}.bin"
-            stats[name], found = write(path, chunks, rows, lengths[rows], known, pool)
-    overlap = found[pc.index_in(sample, known)].mean()
+            stats[name], seen = write(work / f"{name}.bin", chunks, rows, lengths[rows], known, pool)
+    overlap = seen[pc.index_in(sample, known)].mean()
     return stats | {"validation rows that also occur in the training split":
                     f"{overlap:.1%} of {len(sample):,} (exact match)"}
 
@@ -416,5 +415,6 @@ def main():
 
 if __name__ in ("__main__", "__mp_main__"):  # the latter in a spawned process
     multiprocess.util.register_after_fork(start_worker, start_worker)  # called in new processes
+    multiprocess.context.SpawnProcess._after_fork = start_worker  # spawn skips these calls
 if __name__ == "__main__":
     main()
