@@ -262,8 +262,8 @@ def write_splits(work, chunks, train, val, num_proc):
     known = sample.unique()
     # threads, since Arrow and numpy release the GIL; no more than 8, as each takes 0.1 GB
     with concurrent.futures.ThreadPoolExecutor(min(num_proc, 8)) as pool:
-        for name, rows in ("val", val), ("train", train):
-            stats[name], seen = write(work / f"{name}.bin", chunks, rows, lengths[rows], known, pool)
+        for key, rows in ("val", val), ("train", train):
+            stats[key], seen = write(work / f"{key}.bin", chunks, rows, lengths[rows], known, pool)
     overlap = seen[pc.index_in(sample, known)].mean()
     return stats | {"validation rows that also occur in the training split":
                     f"{overlap:.1%} of {len(sample):,} (exact match)"}
