@@ -42,8 +42,9 @@ def test_sample(prepare, tmp_path, flags, options):
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "val.bin", "stats.json"}
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_start_methods(prepare, tmp_path, method):
+    """For spawn, see test_system_without_fork_and_most_signals."""
     source = write_parquet(tmp_path / "rows.parquet", ADVERSARIAL)
     ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--num_proc=3",
                     "--test_size=0.3",

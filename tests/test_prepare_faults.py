@@ -360,7 +360,7 @@ def test_signal_to_a_worker_process_with_a_lock(start_until, tmp_path, number, w
 
 @pytest.mark.parametrize("kill, stage, method", [
     (os.killpg, "writing", "fork"), (os.kill, "tokenizing", "fork"),
-    (os.kill, "tokenizing", "spawn"), (os.kill, "tokenizing", "forkserver")])
+    (os.kill, "tokenizing", "spawn")])
 def test_killed_and_run_again(start_until, prepare, tmp_path, kill, stage, method):
     """All processes at once, or only the main process, whose worker processes then exit."""
     out, process = tmp_path / "out", start_until(stage, before=(
