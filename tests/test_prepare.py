@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+import tiktoken
 from common import (PREPARE, SAMPLE, SENTENCES, adversarial_rows, bins, gpt2, oracle, row_bytes,
                     write_jsonl, write_parquet)
 from hub import serve
@@ -82,6 +83,8 @@ def test_unusual_corpora(prepare, tmp_path, rows):
     assert bins(tmp_path) == oracle(rows, test_size=0.4)
 
 
+@pytest.mark.skipif(tuple(map(int, tiktoken.__version__.split(".")[:2])) < (0, 13),
+                    reason="takes tiktoken time that is quadratic in the length of a word")
 @pytest.mark.parametrize("row", [
     "a" * 1_000_000, " " * 1_000_000, "ab " * 330_000, "\u4e2d" * 330_000,
 ], ids=["letters", "spaces", "words", "ideographs"])
@@ -353,7 +356,9 @@ def test_text_is_cut_at_line_ends(pieces, encoding, block_bytes):
        st.sampled_from(["", "\ufeff"]))
 def test_csv_values(rows, block_bytes, one_column, delimiter, line_end, mark):
     file = io.StringIO(newline="")
-    writer = csv.writer(file, delimiter=delimiter, lineterminator=line_end)
+    has_cr = any("\r" in value for row in rows for value in row)  # which csv does not quote
+    writer = csv.writer(file, delimiter=delimiter, lineterminator=line_end,
+                        quoting=csv.QUOTE_ALL if has_cr else csv.QUOTE_MINIMAL)
     writer.writerow(["text"] if one_column else ["a", "text"])
     writer.writerows([row[1:] if one_column else row for row in rows])
     content = (mark + file.getvalue()).encode()
@@ -516,7 +521,7 @@ def test_csv_on_the_hub(prepare, tmp_path):
 
 def test_hub_offline(refused, tmp_path):
     line = refused(f"--out_dir={tmp_path}")
-    assert "the Hub" in line and "--source=PATH" in line
+    assert "Hub" in line and "--source=PATH" in line
 
 
 # statistics ------------------------------------------------------------------

@@ -39,7 +39,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 import tiktoken
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import HfHubHTTPError
 from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -152,7 +152,7 @@ def read_parquet(stream, columns):
     groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
     largest = max((group.total_byte_size for group in groups), default=0)
     # few rows at a time if those of a row group might not fit in memory, as rows can be long
-    yield from file.iter_batches(10_000 if largest < 256 << 20 else 16, columns=columns)
+    yield from file.iter_batches(10_000 if largest < 256 << 20 else 8, columns=columns)
 
 
 def read_arrow(stream, columns):
