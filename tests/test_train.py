@@ -1,4 +1,5 @@
 """train.py, and its model compared with other implementations of GPT-2."""
+import argparse
 import io
 import json
 import math
@@ -227,11 +228,12 @@ def test_export(refused, tmp_path, bias, activation):
                 "activation_function": activation}, tmp_path / "ckpt.pt")
     flags, folder = (f"--out_dir={tmp_path}", f"--export={tmp_path / 'gpt'}"), tmp_path / "gpt"
     ended = run_script(TRAIN, *flags, before=(
-        "import os, shutil\nshutil.copy = lambda *arguments: os._exit(9)"))
+        "import os, shutil\nshutil.copymode = lambda *arguments: os._exit(9)"))
     assert ended.returncode == 9 and not folder.exists(), "a failed export left a folder"
     ended = run_script(TRAIN, *flags)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "gpt"}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "not readable by others"
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     idx = torch.randint(50257, (2, 16))
@@ -271,8 +273,8 @@ def test_training(train, dataset, tmp_path):
     logged = losses(ended.stdout)
     assert list(logged) == list(range(0, 21, 2)) and logged[20] < logged[0] - 0.5
     assert list(steps(ended.stdout)) == [0, 10, 20, 21]
-    lines = re.findall(r"^iter (\d+): loss [\d.]+, time ([\d.]+)ms, mfu [\d.]+%, [\d,]+ tokens/s"
-                       r"(?:, (\d+):(\d\d):(\d\d) left)?$", ended.stdout, re.M)
+    lines = re.findall(r"^iter (\d+): loss [\d.]+, time ([\d.]+)ms, mfu n/a, [\d,]+ tokens/s"
+                       r"(?:, (\d+):(\d\d):(\d\d) left)?, grad norm [\d.]+$", ended.stdout, re.M)
     assert len(lines) == len(logged) and lines[0][2] == ""  # the first iteration may compile
     for n, ms, *left in lines[1:]:
         hours, minutes, seconds = map(int, left)
@@ -283,12 +285,13 @@ def test_training(train, dataset, tmp_path):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     records = module.read_log(out / "log.jsonl")
     assert {r["iter"]: round(r["loss"], 4) for r in records if "loss" in r} == logged
-    project, *evaluations = map(json.loads, (tmp_path / "wandb.jsonl").read_text().splitlines())
-    assert project == "owt" and [record["iter"] for record in evaluations] == [0, 10, 20, 21]
+    project, *sent = map(json.loads, (tmp_path / "wandb.jsonl").read_text().splitlines())
+    assert project == "owt" and sent == [record for record in records if "config" not in record]
+    evaluations = [record for record in sent if "val/loss" in record]
     assert all(record.keys() == {"iter", "train/loss", "val/loss", "lr", "mfu"}
                for record in evaluations)
-    assert [round(record["val/loss"], 4) for record in evaluations] == list(
-        steps(ended.stdout).values())
+    assert {record["iter"]: round(record["val/loss"], 4) for record in evaluations} == steps(
+        ended.stdout)
 
     checkpoint = checkpoint_in(out)
     assert checkpoint["iter_num"] == 21 and checkpoint["model_args"] == MODEL_ARGS
@@ -296,6 +299,9 @@ def test_training(train, dataset, tmp_path):
     assert f"saved in {out / 'ckpt.pt'}: 21" in ended.stdout.splitlines()[-1]
     # --eval_iters=0 is the loss on all full blocks of val.bin
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+    evaluated = [steps(train("--init_from=resume", "--eval_only=True", f"--seed={seed}").stdout)
+                 for seed in (1, 2)]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 1, "the batches depend on --seed"
     ended = train("--init_from=resume", "--eval_only=True", "--eval_iters=0")
     ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
     n = (len(ids) - 1) // 16 * 16
@@ -303,6 +309,29 @@ def test_training(train, dataset, tmp_path):
     loss = F.cross_entropy(logits.flatten(0, 1), ids[1:n + 1]).item()
     assert steps(ended.stdout) == {21: pytest.approx(loss, abs=1e-4)}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_loss_and_norm_of_the_gradient(train, dataset, tmp_path):
+    """Of one iteration, with the same micro-batches and another forward pass."""
+    assert train("--max_iters=4").returncode == 0
+    state = checkpoint_in(tmp_path / "out")["model"]
+    assert train("--init_from=resume", "--max_iters=5").returncode == 0
+    found, = (record for record in module.read_log(tmp_path / "out" / "log.jsonl")
+              if record["iter"] == 5 and "loss" in record)
+    parameters = {name: tensor.requires_grad_() for name, tensor in state.items()
+                  if name != "lm_head.weight"}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    ids = torch.from_numpy(np.fromfile(dataset / "train.bin", "<u2").astype(np.int64))
+    loss = 0
+    for micro_step in range(2):
+        starts = np.random.default_rng([1337, 5, micro_step]).integers(len(ids) - 16, size=4)
+        rows = torch.stack([ids[start:start + 17] for start in starts])
+        logits = reference_logits(state, rows[:, :-1], 2)
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) / 2
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    assert found["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert found["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
 def test_resumed_bit_for_bit(train, start_train, refused, dataset, tmp_path):
@@ -398,7 +427,7 @@ def test_evaluation_batches_differ_from_training_batches(dataset):
     config = module.Config(block_size=16, batch_size=4)
     with open(dataset / "train.bin", "rb") as file:
         evaluated = {tuple(starts) for starts in module.eval_starts(file, config, 20)}
-        trained = {tuple(module.random_starts(file, config, i, step))
+        trained = {tuple(module.random_starts(file, config, (1337, i, step), 4))
                    for i in range(20) for step in range(4)}
     assert len(evaluated) == 20 and len(trained) == 80 and not evaluated & trained
 
@@ -544,8 +573,27 @@ def test_config_file(refused, dataset, tmp_path):
         str(path), "--init_from=resume", f"--dataset={dataset}", out, "--device=cpu", script=TRAIN)
 
 
+def test_several_config_files(dataset, tmp_path):
+    """In the order of the arguments, as nanoGPT takes them; 1e1 is a number of iterations."""
+    (tmp_path / "one.py").write_text("max_iters = 1e1\nn_layer = 3\nbatch_size = 8 / 4\n"
+                                     "from two import *\n"
+                                     "def half(): return learning_rate / 2\nmin_lr = half()\n")
+    (tmp_path / "two.py").write_text("n_layer = n_layer + 1 if 'n_layer' in globals() else 1\n"
+                                     "warmup_iters = 3.0\n")
+    out = f"--out_dir={tmp_path / 'out'}"
+    ended = run_script(TRAIN, *TINY, "--learning_rate=4e-3", tmp_path / "one.py", "--n_layer=2",
+                       tmp_path / "two.py", f"--dataset={dataset}", out, "--batch_size=1",
+                       before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
+    assert ended.returncode == 0, ended.stderr
+    config = checkpoint_in(tmp_path / "out")["config"]
+    assert (config["max_iters"], config["min_lr"], config["warmup_iters"]) == (10, 2e-3, 3)
+    assert (config["n_layer"], config["batch_size"]) == (1, 1)
+    assert type(config["max_iters"]) is type(config["warmup_iters"]) is int
+
+
 @pytest.mark.parametrize("text, status, message", [
-    ("n_layer = 'two'", 2, "--n_layer: invalid int value: 'two'"),
+    ("n_layer = 'two'", 2, "--n_layer: invalid positive_int value: 'two'"),
+    ("max_iters = 1.5", 2, "--max_iters: invalid nonnegative_int value: '1.5'"),
     ("n_layer = = 2", 1, "SyntaxError"), (None, 1, "No such file")])
 def test_bad_config_files(refused, tmp_path, text, status, message):
     if text:
@@ -585,7 +633,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         f"import resource, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import train\n"
         "def read(n):\n"
         "    for i in range(n):\n"
-        "        starts = train.random_starts(file, config, i)\n"
+        "        starts = train.random_starts(file, config, i, 64)\n"
         "        train.get_batch(file, starts, train.GPTConfig(block_size=16), cpu)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "config, cpu = train.Config(block_size=16, batch_size=64), torch.device('cpu')\n"
@@ -630,14 +678,17 @@ def test_padding_of_the_vocabulary_is_not_sampled():
 # errors --------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag, message", [
-    ("--n_heads=2", "unrecognized arguments: --n_heads=2"), ("stray", "stray"),
-    ("--batch_size=many", "--batch_size: invalid int value: 'many'"),
-    ("--learning_rate=fast", "--learning_rate: invalid float value: 'fast'"),
+    ("--n_heads=2", "unrecognized arguments: --n_heads=2"),
+    ("--batch_size=many", "--batch_size: invalid positive_int value: 'many'"),
+    ("--learning_rate=fast", "--learning_rate: invalid nonnegative_float value: 'fast'"),
     ("--compile=yes", "--compile: invalid boolean value: 'yes'"),
-    ("--batch_size=1.5", "--batch_size: invalid int value: '1.5'"),
-    ("--n_head=3", "not a multiple of --n_head=3"), ("--batch_size=0", "--batch_size: 0"),
-    ("--block_size=-1", "--block_size: -1"), ("--dropout=1.5", "--dropout: 1.5"),
-    ("--learning_rate=nan", "--learning_rate: nan"), ("--temperature=-1", "--temperature: -1.0"),
+    ("--batch_size=1.5", "--batch_size: invalid positive_int value: '1.5'"),
+    ("--n_head=3", "not a multiple of --n_head=3"),
+    ("--batch_size=0", "--batch_size: invalid positive_int value: '0'"),
+    ("--seed=-1", "--seed: invalid nonnegative_int value: '-1'"),
+    ("--dropout=1.5", "--dropout: invalid fraction value: '1.5'"),
+    ("--learning_rate=nan", "--learning_rate: invalid nonnegative_float value: 'nan'"),
+    ("--temperature=-1", "--temperature: invalid nonnegative_float value: '-1'"),
     ("--dtype=int8", "--dtype: invalid choice: 'int8'"),
     ("--optimizer=sgd", "--optimizer: invalid choice: 'sgd'")])
 def test_bad_flags(capsys, flag, message):
@@ -650,17 +701,21 @@ def test_bad_flags(capsys, flag, message):
 
 def test_boundary_values_of_flags_are_accepted():
     flags = ["--eval_iters=0", "--seed=0", "--grad_clip=0", "--dropout=0", "--temperature=0",
-             "--batch_size=1", "--min_lr=0", "--decay_lr=False", "--start="]
+             "--batch_size=1", "--min_lr=0", "--decay_lr=False", "--start=", "--max_iters=1e4"]
     config, given = module.parse_flags(flags)
     assert given == {flag[2:].split("=")[0] for flag in flags}
     assert (config.batch_size, config.decay_lr, config.start, config.bias) == (1, False, "", False)
+    assert config.max_iters == 10000
+    config, _ = module.parse_flags(["--start", "hello", f"--seed={2**60 + 1}"])
+    assert (config.start, config.seed) == ("hello", 2**60 + 1)
 
 
 @pytest.mark.parametrize("flag, status, message", [
     ("--n_heads=2", 2, "--n_heads=2"), ("--device=tpu9", 1, "--device=tpu9"),
     ("--device=cuda", 1, "--device=cuda"), ("--init_from=gpt5", 1, "--init_from=gpt5"),
     ("--init_from=resume", 1, "checkpoint missing"),
-    ("--block_size=100000", 1, "too small for --block_size"),
+    ("--block_size=100000", 1, "needs at least 100,001; use a smaller --block_size"),
+    ("stray", 1, "stray: not a valid config file"),
     ("--dataset=nothing/here", 1, "prepare.py"), ("--sample=True", 1, "checkpoint missing"),
     ("--export=folder", 1, "checkpoint missing"),
     ("--optimizer=muon --dtype=float16", 1, "not supported with --dtype=float16")])
@@ -673,8 +728,10 @@ def test_bad_requests(refused, dataset, tmp_path, flag, status, message):
 
 
 BAD_DATA = {
-    "odd size": (lambda folder: os.truncate(folder / "train.bin", 1001), "1,001 bytes"),
-    "short": (lambda folder: os.truncate(folder / "val.bin", 32), "too small for --block_size"),
+    "odd size": (lambda folder: os.truncate(folder / "train.bin", 1001), "an odd number of"),
+    "short": (lambda folder: os.truncate(folder / "val.bin", 32), "val.bin: 16 tokens, but"
+              " --block_size=16 needs at least 17; use a smaller --block_size, or prepare the"
+              " dataset with a larger --test_size"),
     "missing": (lambda folder: (folder / "val.bin").unlink(), "val.bin"),
     "character level": (lambda folder: (folder / "meta.pkl").write_bytes(b""), "meta.pkl"),
 }
@@ -713,8 +770,7 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
     assert "--n_layer=3: --init_from=resume has 2" in refused(*flags, "--n_layer=3", script=TRAIN)
     broken = [body[:cut] for cut in (*range(0, len(body), len(body) // 20), len(body) - 1)]
     saved = torch.load(io.BytesIO(body), weights_only=True)
-    for change in ({"model_args": MODEL_ARGS | {"n_layer": 5}}, {"model": {}},
-                   {"model": MakesFolder()}):
+    for change in {"model_args": MODEL_ARGS | {"n_layer": 5}}, {"model": {}}:
         file = io.BytesIO()
         torch.save(saved | change, file)
         broken.append(file.getvalue())
@@ -722,10 +778,27 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
         path.write_bytes(content)
         with pytest.raises(module.UserError, match="ckpt.pt: checkpoint missing or damaged"):
             module.load_checkpoint(path)
-    assert "damaged" in refused(*flags, script=TRAIN) and not pathlib.Path("made").exists()
-    assert path.read_bytes() == content
+    assert "damaged" in refused(*flags, script=TRAIN) and path.read_bytes() == content
+    for change, name in (({"model": MakesFolder()}, f"{os.name}.mkdir"),
+                         ({"config": argparse.Namespace(seed=1)}, "argparse.Namespace"),
+                         ({"best_val_loss": np.float64(3.25)}, "numpy._core.multiarray.scalar")):
+        torch.save(saved | change, path)
+        line = refused(*flags, script=TRAIN)
+        assert f"ckpt.pt: contains a {name}, which is not loaded" in line
+        assert "torch.load" not in line
+    assert not pathlib.Path("made").exists()
     torch.save(saved | {"optimizer": {}}, path)
     assert "ckpt.pt: cannot resume" in refused(*flags, script=TRAIN)
+
+
+STOPPED_AFTER_UPDATE = """
+import os, signal, torch
+step = torch.optim.AdamW.step
+def step_and_stop(*arguments):
+    step(*arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+torch.optim.AdamW.step = step_and_stop
+"""
 
 
 def test_loss_that_is_not_finite(train, tmp_path):
@@ -736,8 +809,10 @@ def test_loss_that_is_not_finite(train, tmp_path):
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
     for flags, message in (
             (["--max_iters=9", "--eval_interval=100"], "loss (nan|inf) at iter"),
-            (["--max_iters=3", "--eval_interval=3", "--log_interval=9"], "the loss or a weight")):
-        ended = train("--init_from=resume", "--learning_rate=1e39", "--decay_lr=False", *flags)
+            (["--max_iters=3", "--eval_interval=3", "--log_interval=9"], "loss (nan|inf) at iter"),
+            (["--max_iters=9", "--eval_interval=100"], "a weight is not finite")):
+        ended = train("--init_from=resume", "--learning_rate=1e39", "--decay_lr=False", *flags,
+                      before=STOPPED_AFTER_UPDATE if "weight" in message else "")
         assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
         assert re.match(f"train.py: {message}", ended.stderr), ended.stderr
         assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
