@@ -573,10 +573,10 @@ def load_optimizers(checkpoint, model, optimizers, scaler):
         for theirs, ours in zip(state["param_groups"], optimizer.param_groups):
             theirs.update(ours, params=theirs["params"])
         optimizer.load_state_dict(state)
-        for p, values in optimizer.state.items():
-            for key, tensor in values.items():
-                if p is model.transformer.wpe.weight and tensor.dim():
-                    values[key] = tensor[:len(p)].clone()  # positions that --block_size removes
+    wpe = model.transformer.wpe.weight
+    moments = optimizers["optimizer"].state[wpe]
+    for name in moments.keys() - {"step"}:  # --block_size may be smaller than it was
+        moments[name] = moments[name][:len(wpe)].clone()
     if checkpoint.get("scaler"):  # of a float16 run
         scaler.load_state_dict(checkpoint["scaler"])
 
