@@ -479,7 +479,7 @@ torch.compile = lambda model, **options: compile(model, backend=backend, **optio
 @pytest.mark.parametrize("eval_iters", [0, 3])
 def test_one_static_graph_per_shape(train, tmp_path, eval_iters):
     """Each training step is one graph, also after evaluations with a smaller last batch."""
-    flags = f"--eval_iters={eval_iters}", "--max_iters=6", "--eval_interval=3"
+    flags = f"--eval_iters={eval_iters}", "--max_iters=6", "--eval_interval=3", "--n_layer=1"
     before = COUNT_GRAPHS.format(path=tmp_path / "graphs")
     ended = train(*flags, "--compile=True", before=before)
     assert ended.returncode == 0 and "compiling the model" in ended.stdout, ended.stderr
@@ -489,8 +489,8 @@ def test_one_static_graph_per_shape(train, tmp_path, eval_iters):
         expected.add("(2, 16) False True")
     assert sorted(graphs) == sorted(expected), "each graph is compiled once"
     assert losses(ended.stdout) == pytest.approx(losses(train(*flags).stdout), abs=2e-3)
-    ended = train("--sample=True", "--num_samples=2", "--max_new_tokens=5", "--compile=True",
-                  before=before)
+    ended = train("--sample=True", "--n_layer=1", "--num_samples=2", "--max_new_tokens=5",
+                  "--compile=True", before=before)
     assert ended.stdout.count("---------------") == 2, ended.stderr
     assert len((tmp_path / "graphs").read_text().splitlines()) == len(expected)
 
@@ -657,7 +657,7 @@ def test_processes_synchronize_once_per_second(train, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--max_iters=200", "--eval_interval=1000", "--log_interval=1000"
+    flags = "--max_iters=60", "--eval_interval=1000", "--log_interval=1000"
     assert train(*flags).returncode == 0
     alone = checkpoint_in(tmp_path / "out")
     start = time.monotonic()
