@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from common import ROOT, SAMPLE, SENTENCES, gpt2, oracle, row_bytes, run_script
+from common import (ROOT, SAMPLE, SENTENCES, gpt2, oracle, row_bytes, run_script,
+                    write_parquet)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,26 +32,38 @@ def table_rows(output):
 
 
 @settings(deadline=None)
-@given(st.text(max_size=50), st.sampled_from([256, 300, 4096, 50256]))
-def test_reencoding_with_a_smaller_vocabulary(text, vocab_size):
-    ids = np.frombuffer(row_bytes(text) + row_bytes("end"), "<u2")
-    found = order.reencode(ids, vocab_size)
-    assert found.max() <= vocab_size and np.count_nonzero(found == vocab_size) == 2
-    rows = np.split(found, np.flatnonzero(found == vocab_size) + 1)
-    assert [gpt2().decode(row[:-1].tolist()) for row in rows[:2]] == [text, "end"]
-    if vocab_size == 50256:
-        assert (found == ids).all()
+@given(st.text(max_size=50), st.sampled_from([257, 300, 4096, 50257]))
+def test_tokenizer_with_a_smaller_vocabulary(text, vocab_size):
+    encoding = order.tokenizer(vocab_size)
+    *ids, end = order.tokenize([text], encoding)[0].tolist()
+    assert end == encoding.eot_token == vocab_size - 1 and all(id < end for id in ids)
+    assert gpt2().decode(ids) == text  # the ids are GPT-2's
+    if vocab_size == 257:
+        assert len(ids) == len(text.encode())
+    if vocab_size == 50257:
+        assert ids == gpt2().encode_ordinary(text)
 
 
-def test_order_shuffles_like_prepare():
-    train, val = oracle(SENTENCES, test_size=0.3, seed=7)
-    assert order.shuffle(IDS, 50256, 7).tobytes() == val + train
+def test_formats_have_the_bytes_of_prepare():
+    encoding = order.tokenizer(50257)
+    sentences = order.tokenize(SENTENCES, encoding)
+    documents = order.tokenize(SENTENCES, encoding, rows_per_document=100)
+    joined = [" ".join(SENTENCES[i:i + 100]) for i in (0, 100, 200, 300, 400)]
+    for tokens, expected in [
+            (sentences, oracle(SENTENCES, test_size=0, shuffle=False)),
+            (order.shuffle(sentences, 7), oracle(SENTENCES, test_size=0, seed=7)),
+            (documents, oracle(joined, test_size=0, shuffle=False))]:
+        assert np.concatenate(tokens).tobytes() == expected[0]
+
+
+def small_gpt(vocab_size):
+    torch.manual_seed(0)
+    return order.GPT(order.GPTConfig(
+        block_size=16, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=8)).eval()
 
 
 def test_token_losses_equal_those_of_single_sequences():
-    torch.manual_seed(0)
-    model = order.GPT(order.GPTConfig(
-        block_size=16, vocab_size=50304, n_layer=1, n_head=2, n_embd=8)).eval()
+    model = small_gpt(50304)
     sequences = [IDS[first:first + length] for first, length in
                  ((0, 17), (5, 2), (9, 9), (20, 17), (40, 3), *((i, 9) for i in range(30)))]
     losses = order.token_losses(model, sequences)
@@ -62,10 +75,52 @@ def test_token_losses_equal_those_of_single_sequences():
 
 
 def test_windows_predict_each_token_once():
-    for width in 1, 7, len(IDS) - 1, len(IDS):
-        windows = order.windows(IDS, width)
-        assert all(len(window) <= width + 1 for window in windows)
-        assert np.concatenate([window[1:] for window in windows]).tobytes() == IDS[1:].tobytes()
+    documents = order.tokenize(SENTENCES, order.tokenizer(50257))
+    for width in 1, 7, len(IDS) - 1, len(IDS), len(IDS) + 1:
+        windows = order.windows(documents, width)
+        assert all(len(window) == width + 1 for window in windows[:-1])
+        assert np.concatenate([window[1:] for window in windows]).tobytes() == IDS.tobytes()
+        assert [window[0] for window in windows] == [50256, *(ids[-1] for ids in windows[:-1])]
+
+
+@pytest.mark.parametrize("rows_per_document", [1, 25])
+def test_bits_per_byte(rows_per_document):
+    rows = SENTENCES[:60] + ["\u4e2d\u6587"]  # more bytes than characters
+    n_bytes = sum(len(row.encode()) for row in rows)
+    assert order.text_bytes(rows) == n_bytes
+    joined = [" ".join(rows[i:i + rows_per_document])
+              for i in range(0, len(rows), rows_per_document)]
+    n_tokens = len(b"".join(map(row_bytes, joined))) // 2
+    n_single = len(b"".join(map(row_bytes, rows))) // 2
+    encoding = order.tokenizer(50257)
+    documents = order.tokenize(rows, encoding, rows_per_document)
+    sentences = order.tokenize(rows, encoding)
+
+    # all logits are 0, so each token has 1 / 50257 of the probability: log2(50257) bits
+    model = small_gpt(50257)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    found, positions = order.evaluate(model, documents, sentences, n_bytes)
+    bits = np.log2(50257)
+    expected = {**{f"windows of {width} tokens": n_tokens * bits / n_bytes for width in (1, 4, 16)},
+                "single sentences": n_single * bits / n_bytes,
+                "single sentences without end-of-text": (n_single - len(rows)) * bits / n_bytes}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert positions == pytest.approx(np.full(16, n_tokens * bits / n_bytes), rel=1e-6)
+
+    # unequal probabilities, which depend on the context
+    model = small_gpt(50257)
+    with torch.no_grad():
+        model.lm_head.weight *= 50
+    found, positions = order.evaluate(model, documents, sentences, n_bytes)
+    ids = torch.from_numpy(np.concatenate([[50256], *documents]).astype(np.int64))
+    nats = 0.0
+    for first in range(0, n_tokens, 16):
+        x, y = ids[first:first + 16], ids[first + 1:first + 17]
+        logits = model(x[None, :len(y)])[0][0]
+        nats -= logits.log_softmax(-1).gather(1, y[:, None]).sum().item()
+    assert found["windows of 16 tokens"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
+    assert positions.mean() == pytest.approx(found["windows of 16 tokens"], rel=0.05)
+    assert positions.std() > 0 and len(set(found.values())) == 5
 
 
 def test_spread_is_mean_and_largest_distance():
@@ -73,18 +128,29 @@ def test_spread_is_mean_and_largest_distance():
 
 
 def test_order_experiment(tmp_path):
-    output = run_tool("order.py", f"--source={SAMPLE}", "--seeds=1", "--iters=1",
-                      "--test_size=0.2", "--vocabulary=300", "--block_size=64", "--n_layer=1",
-                      "--n_embd=16", "--warmup_iters=1", "--eval_iters=1",
-                      f"--picture={tmp_path / 'order.png'}")
-    rows = [row for row in table_rows(output) if "±" in row[1]]
+    source = write_parquet(tmp_path / "rows.parquet", SENTENCES)
+    output = run_tool(
+        "order.py", f"--source={source}", "--held_out=100", "--rows_per_document=30", "--seeds=1",
+        "--megabytes=0.02", "--vocabulary=300", "--block_size=64", "--batch_size=4", "--n_layer=1",
+        "--n_embd=16", "--warmup_iters=1", "--eval_iters=1", "--prompt=mara looked",
+        "--sample_tokens=5", f"--picture={tmp_path / 'order.png'}")
+    val_bytes = len("".join(SENTENCES[-100:]).encode())
+    assert f"100 rows of validation text with {val_bytes:,} bytes" in output
+    header, _, tokens, n_bytes, val_tokens, *rows = table_rows(output)
+    assert header[1:] == ["shuffled sentences", "sentences in order", "documents of 30 rows"]
+    tokens, n_bytes, val_tokens = (
+        [int(cell.replace(",", "")) for cell in row[1:]] for row in (tokens, n_bytes, val_tokens))
+    assert all(n % (10 * 4 * 64) == 0 for n in tokens)  # ten evaluations
+    assert n_bytes == pytest.approx([20000] * 3, rel=0.2)
+    assert val_tokens[0] == val_tokens[1] > val_tokens[2]  # which joins words and spaces
     assert [row[0] for row in rows] == [
-        *(f"windows of {length} tokens" for length in (1, 4, 16, 64)), "single sentences",
-        "2,048", "4,096", "1 to 1", "2 to 2", "3 to 4", "5 to 8", "9 to 16", "17 to 32", "33 to 64"]
-    for _, *cells in rows:
-        shuffled, ordered, difference = (float(cell.split(" ± ")[0]) for cell in cells)
-        assert 0 < ordered < np.log(300) + 0.5
-        assert shuffled - ordered == pytest.approx(difference, abs=0.002)
+        *(f"windows of {length} tokens" for length in (4, 16, 64)),
+        "single sentences", "single sentences without end-of-text"]
+    for row in rows[:3]:
+        for cell, n in zip(row[1:], val_tokens):
+            assert 0 < float(cell.split(" ± ")[0]) < np.log2(300) * n / val_bytes + 0.5
+    samples = re.findall("(?m)^mara looked", output)
+    assert len(samples) == 3
     assert (tmp_path / "order.png").read_bytes().startswith(PNG)
 
 

@@ -1,23 +1,43 @@
-"""Measure the effect of shuffling sentences: train a small GPT on shuffled and on ordered rows.
+"""Compare three formats of the same training text by bits per byte: sentences shuffled, sentences
+in order, and documents of many rows.
 
-    python tests/tools/order.py --source=NOVELS.parquet        # two CPU cores: under an hour
-    python tests/tools/order.py --source=NOVELS.parquet --vocabulary=50256 --n_layer=12 \\
-        --n_head=12 --n_embd=768 --iters=5000                  # larger, for a GPU
+    python tests/tools/order.py --source=NOVELS.parquet        # two CPU cores: about 30 minutes
+    python tests/tools/order.py --source=NOVELS.parquet --vocabulary=50257 --n_layer=12 \\
+        --n_head=12 --n_embd=768 --block_size=1024 --megabytes=300   # larger, for a GPU
 
-prepare.py tokenizes --source with --shuffle=False, so the validation split is the end of the
-corpus. For each seed, train.py trains two models with the same flags and the same number of
-tokens: on the ordered training split, and on the same rows shuffled as prepare.py shuffles them.
-Both are evaluated on the validation split: in order, in windows of several lengths, and on single
-sentences. Each evaluation predicts every token but the first. Prints Markdown tables of the losses
-and plots them to --picture. Unknown flags are passed to train.py.
+The last --held_out rows of --source are the validation text, all others the training text. The
+formats:
 
-A small GPT spends most of its time in the output layer. So the tokens are re-encoded with the
-first --vocabulary ids of GPT-2, as if BPE training had stopped there. With 50256 they stay the
-same.
+    shuffled    each row is followed by the end-of-text token; the rows are shuffled for each seed
+    ordered     the same rows in order
+    documents   --rows_per_document consecutive rows, joined with one space, are one document, which
+                is followed by the end-of-text token; the documents stay in order
+
+For each seed and format, train.py trains a model with the same flags on --megabytes of text. The
+formats differ in bytes per token, so each has its own number of iterations. A context is a
+sequence of tokens at a random position and can contain the ends of rows or documents.
+
+Each model is evaluated on the validation text in order, in the format that it was trained on. The
+losses of all tokens count, those of end-of-text tokens too; an end-of-text token precedes the
+first. Their sum in bits is divided by the number of UTF-8 bytes of the held-out rows (without
+separators), which is the same for all formats. The evaluations:
+
+    windows of N tokens   N tokens are predicted; each window begins with the last token of the one
+                          before it
+    single sentences      each row on its own, after an end-of-text token and followed by one. For
+                          "documents" this is a document of one row, which its training text does
+                          not contain. Therefore also without the losses of the end-of-text tokens
+
+Prints a Markdown table and a sample of each format's first model, and plots the bits per byte to
+--picture. Unknown flags are passed to train.py.
+
+A small GPT spends most of its time in the output layer. Therefore the tokenizer has only the first
+--vocabulary - 1 tokens of GPT-2's, as if BPE training had stopped there, and the end-of-text token.
+This makes training several times as fast. With 50257, it is GPT-2's tokenizer. prepare.py writes
+the same formats with GPT-2's tokens.
 """
 import argparse
 import concurrent.futures
-import functools
 import os
 import pathlib
 import subprocess
@@ -26,7 +46,7 @@ import tempfile
 import time
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.parquet as pq
 import tiktoken
 import torch
 from matplotlib.figure import Figure
@@ -39,39 +59,45 @@ from common import PREPARE, ROOT, TRAIN, gpt2  # noqa: E402
 sys.path.insert(0, str(ROOT))
 from train import GPT, GPTConfig, load_checkpoint, read_log  # noqa: E402
 
-ORDERS = ("shuffled", "ordered")
+FORMATS = "shuffled", "ordered", "documents"
+EVALUATIONS = 10  # per run, at the same number of bytes in all formats
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 96, "block_size": 512, "batch_size": 32,
-         "gradient_accumulation_steps": 1, "learning_rate": 3e-3, "min_lr": 3e-4,
-         "warmup_iters": 50, "eval_iters": 4, "log_interval": 10}
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256, "batch_size": 16,
+         "gradient_accumulation_steps": 1, "optimizer": "muon", "learning_rate": 3e-3,
+         "min_lr": 3e-4, "warmup_iters": 50, "eval_iters": 16, "log_interval": 10}
 
 
-@functools.cache
-def smaller_ids(vocab_size):
-    """pa.ListArray: for each of GPT-2's ids, the ids below `vocab_size` that encode its bytes.
-    The id 50256 becomes `vocab_size`."""
-    ranks = {token: id for token, id in gpt2()._mergeable_ranks.items() if id < vocab_size}
-    small = tiktoken.Encoding("small", pat_str=gpt2()._pat_str, special_tokens={},
-                              mergeable_ranks=ranks)
-    lists = [small._encode_single_piece(gpt2().decode_single_token_bytes(id))
-             for id in range(50256)]
-    return pa.array([*lists, [vocab_size]], pa.list_(pa.uint16()))
+def tokenizer(vocab_size):
+    """A tiktoken.Encoding: GPT-2's first vocab_size - 1 tokens, then the end-of-text token."""
+    end = vocab_size - 1
+    ranks = {token: id for token, id in gpt2()._mergeable_ranks.items() if id < end}
+    return tiktoken.Encoding("first tokens of gpt2", pat_str=gpt2()._pat_str,
+                             mergeable_ranks=ranks, special_tokens={"<|endoftext|>": end})
 
 
-def reencode(ids, vocab_size):
-    """Re-encode the uint16 array `ids` with ids below `vocab_size`. `vocab_size` ends a row."""
-    return smaller_ids(vocab_size).take(pa.array(ids)).flatten().to_numpy()
+def tokenize(rows, encoding, rows_per_document=1):
+    """A list with a uint16 array for each document: its tokens, then the end-of-text token."""
+    texts = (" ".join(rows[i:i + rows_per_document])
+             for i in range(0, len(rows), rows_per_document))
+    return [np.array([*encoding.encode_ordinary(text), encoding.eot_token], np.uint16)
+            for text in texts]
 
 
-def shuffle(ids, end, seed):
-    """Shuffle the rows of `ids`, each of which ends with the id `end`, as prepare.py does."""
-    rows = np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]
-    return np.concatenate([rows[i] for i in np.random.default_rng(seed).permutation(len(rows))])
+def shuffle(documents, seed):
+    """The list `documents` in the order in which prepare.py shuffles them."""
+    return [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
 
 
-def windows(ids, width):
-    """Split `ids` into windows that predict up to `width` tokens. Each begins with the last token
-    of the one before it."""
+def text_bytes(rows):
+    """The number of UTF-8 bytes of the strings `rows`, without separators."""
+    return sum(len(row.encode()) for row in rows)
+
+
+def windows(documents, width):
+    """Split the tokens of all `documents` into windows that predict `width` tokens, the last one
+    up to `width`. Each begins with the token before those; the first, with the end-of-text token.
+    """
+    ids = np.concatenate([documents[0][-1:], *documents])
     return [ids[first:first + width + 1] for first in range(0, len(ids) - 1, width)]
 
 
@@ -92,19 +118,27 @@ def token_losses(model, sequences):
     return losses
 
 
-def evaluate(checkpoint, val, end):
-    """Returns {evaluation: mean loss} on the tokens `val`, and the mean loss at each position."""
-    model = load_checkpoint(checkpoint)[0].to(DEVICE).eval()
-    block_size, losses = model.config.block_size, {}
-    for length in (block_size >> shift for shift in (6, 4, 2, 0)):
-        losses[f"windows of {length} tokens"] = longest = token_losses(model, windows(val, length))
-    positions = np.mean([loss for loss in longest if len(loss) == block_size], axis=0)
-    rows = np.split(val, np.flatnonzero(val[:-1] == end) + 1)
-    single = token_losses(model, [window for row in rows for window in windows(
-        np.append(np.uint16(end), row), block_size)])
-    single[0] = single[0][1:]  # the first token, which the windows do not predict
-    losses["single sentences"] = single
-    return {name: float(np.concatenate(found).mean()) for name, found in losses.items()}, positions
+def evaluate(model, documents, sentences, n_bytes):
+    """Evaluate on the held-out text: `documents` in the format of the training text, and
+    `sentences`, with `n_bytes` bytes in both. Returns {evaluation: bits per byte} and an array of
+    the bits per byte at each position in the context."""
+    def bits_per_byte(nats):
+        return float(np.sum(nats, dtype=np.float64) / np.log(2) / n_bytes)
+
+    block_size, found = model.config.block_size, {}
+    for width in (block_size >> shift for shift in (4, 2, 0)):
+        losses = token_losses(model, windows(documents, width))
+        found[f"windows of {width} tokens"] = bits_per_byte(np.concatenate(losses))
+    n_tokens = sum(map(len, documents))
+    full = [loss for loss in losses if len(loss) == block_size]
+    positions = np.mean(full, axis=0) * n_tokens / np.log(2) / n_bytes
+
+    single = [window for sentence in sentences for window in windows([sentence], block_size)]
+    losses = np.concatenate(token_losses(model, single))
+    is_text = np.concatenate([window[1:] for window in single]) != sentences[0][-1]
+    found["single sentences"] = bits_per_byte(losses)
+    found["single sentences without end-of-text"] = bits_per_byte(losses[is_text])
+    return found, positions
 
 
 def initial_checkpoint(shape, vocab_size, seed):
@@ -113,9 +147,19 @@ def initial_checkpoint(shape, vocab_size, seed):
     args |= {"vocab_size": vocab_size, "bias": False, "dropout": 0.0}
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**args))
-    optimizers = model.configure_optimizers(0.1, 0.0, (0.9, 0.95), "cpu")
-    return {"model": model.state_dict(), "optimizer": optimizers["optimizer"].state_dict(),
-            "model_args": args, "iter_num": 0, "best_val_loss": float("inf"), "config": {}}
+    optimizers = model.configure_optimizers(0.1, 0.0, (0.9, 0.95), "cpu",
+                                            shape["optimizer"] == "muon")
+    return {"model": model.state_dict(), "model_args": args, "iter_num": 0,
+            "best_val_loss": float("inf"), "config": {},
+            **{name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
+
+
+def sample(model, encoding, prompt, n_tokens, seed):
+    """`prompt`, which begins a document, and `n_tokens` sampled tokens as text."""
+    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    torch.manual_seed(seed)
+    ids = model.generate(torch.tensor([ids], device=DEVICE), n_tokens, temperature=0.8, top_k=200)
+    return encoding.decode(ids[0, 1:].tolist())
 
 
 def spread(values):
@@ -123,31 +167,22 @@ def spread(values):
     return f"{values.mean():.3f} ± {np.abs(values - values.mean()).max():.3f}"
 
 
-def print_table(label, results, rows):
-    """Print a Markdown table. `rows` are pairs (name, function from a result to a loss)."""
-    print(f"\n| {label} | trained on shuffled rows | trained on ordered rows | difference |\n"
-          "| --- | ---: | ---: | ---: |")
-    for name, loss in rows:
-        shuffled, ordered = (np.array([loss(result) for result in results[order]])
-                             for order in ORDERS)
-        print(f"| {name} | {spread(shuffled)} | {spread(ordered)} | {spread(shuffled - ordered)} |")
-
-
 def plot(path, results):
-    """Plot the validation loss by training tokens and by position in the context."""
+    """Plot the bits per byte by bytes of training text and by position in the context."""
     figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
-    for order, color in zip(ORDERS, ("C1", "C0")):
-        for i, result in enumerate(results[order]):
-            style = {"color": color, "label": order if i == 0 else None, "alpha": 0.8}
-            left.plot(*zip(*result["curve"][1:]), **style)
+    for color, name in zip(("C1", "C0", "C2"), FORMATS):
+        for i, result in enumerate(results[name]):
+            style = {"color": color, "label": name if i == 0 else None, "alpha": 0.8}
+            n_bytes, bits = zip(*result["curve"][1:])
+            left.plot(np.array(n_bytes) / 1e6, bits, **style)
             positions = result["positions"]
             edges = np.unique(np.geomspace(1, len(positions) + 1, 17).astype(int))
             means = [positions[low - 1:high - 1].mean() for low, high in zip(edges, edges[1:])]
             right.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, **style)
-    left.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
+    left.set(xlabel="training text, MB", ylabel="bits per byte of the validation text")
     right.set(xlabel="position in the context, tokens", xscale="log")
-    left.legend(title="training data")
+    left.legend(title="training text")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -155,82 +190,106 @@ def plot(path, results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="books in order, one sentence per row")
-    parser.add_argument("--test_size", default=0.02, help="fraction of the rows for validation")
+    parser.add_argument("--source", required=True,
+                        help="Parquet file: books in order, one sentence per row of `text`")
+    parser.add_argument("--held_out", type=int, default=16000, help="rows for validation")
+    parser.add_argument("--rows_per_document", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
-    parser.add_argument("--iters", type=int, default=500, help="iterations per run")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="number of GPT-2 ids to use")
+    parser.add_argument("--megabytes", type=float, default=8, help="text per run, in 10**6 bytes")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="size of the vocabulary")
+    parser.add_argument("--prompt", default="she opened the door and", help="for the samples")
+    parser.add_argument("--sample_tokens", type=int, default=200, help="tokens of each sample")
     parser.add_argument("--jobs", type=int, default=1 if DEVICE == "cuda" else 2,
                         help="number of runs at the same time")
     parser.add_argument("--picture", type=pathlib.Path, default=PREPARE.with_name("order.png"),
                         help="output file of the plot")
     flags, others = parser.parse_known_args()
-    shape = {**SHAPE, "max_iters": flags.iters, "lr_decay_iters": flags.iters,
-             "eval_interval": max(1, flags.iters // 10)}
-    shape |= dict(flag.removeprefix("--").split("=", 1) for flag in others)
-    block_size, end, start = int(shape["block_size"]), flags.vocabulary, time.monotonic()
-    tokens_per_iter = int(shape["batch_size"]) * block_size * int(
+    shape = SHAPE | dict(flag.removeprefix("--").split("=", 1) for flag in others)
+    tokens_per_iter = int(shape["batch_size"]) * int(shape["block_size"]) * int(
         shape["gradient_accumulation_steps"])
-    threads = max(1, os.cpu_count() // flags.jobs)
+    start, threads = time.monotonic(), max(1, os.cpu_count() // flags.jobs)
     torch.set_num_threads(threads)
 
-    def run(order, seed):
-        """Train and evaluate. Returns a dict with the losses."""
-        data, out = work / f"{order} {seed}", work / f"out {order} {seed}"
-        data.mkdir()
-        (shuffle(train, end, seed) if order == "shuffled" else train).tofile(data / "train.bin")
-        val.tofile(data / "val.bin")
-        out.mkdir()
-        torch.save(initial[seed], out / "ckpt.pt")
-        command = [sys.executable, TRAIN, f"--dataset={data}", f"--out_dir={out}",
+    encoding = tokenizer(flags.vocabulary)
+    rows = pq.read_table(flags.source, columns=["text"])["text"].to_pylist()
+    train_rows, val_rows = rows[:-flags.held_out], rows[-flags.held_out:]
+    train_bytes, val_bytes = text_bytes(train_rows), text_bytes(val_rows)
+    sentences = [tokenize(part, encoding) for part in (train_rows, val_rows)]
+    documents = [tokenize(part, encoding, flags.rows_per_document)
+                 for part in (train_rows, val_rows)]
+    data = {"shuffled": sentences, "ordered": sentences, "documents": documents}
+    bytes_per_iter = {name: tokens_per_iter * train_bytes / sum(map(len, train))
+                      for name, (train, _) in data.items()}
+    iters = {name: EVALUATIONS * max(1, round(flags.megabytes * 1e6 / per_iter / EVALUATIONS))
+             for name, per_iter in bytes_per_iter.items()}
+    seeds = range(1, flags.seeds + 1)
+    # not in the threads, which share torch's random number generator
+    initial = {seed: initial_checkpoint(shape, flags.vocabulary, seed) for seed in seeds}
+
+    def run(name, seed):
+        """Train and evaluate. Returns a dict with the bits per byte and the model."""
+        folder, (train, val) = work / f"{name} {seed}", data[name]
+        folder.mkdir()
+        if name == "shuffled":
+            train = shuffle(train, seed)
+        np.concatenate(train).tofile(folder / "train.bin")
+        np.concatenate(val).tofile(folder / "val.bin")
+        torch.save(initial[seed], folder / "ckpt.pt")
+        settings = shape | {"max_iters": iters[name] - 1, "lr_decay_iters": iters[name],
+                            "eval_interval": iters[name] // EVALUATIONS}
+        command = [sys.executable, TRAIN, f"--dataset={folder}", f"--out_dir={folder}",
                    f"--seed={seed}", "--init_from=resume",
-                   *(f"--{name}={value}" for name, value in shape.items())]
+                   *(f"--{flag}={value}" for flag, value in settings.items())]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with subprocess.Popen(command, env=environment, text=True,
                               stdout=subprocess.PIPE) as process:
             for line in process.stdout:
-                bar.update(int(shape["log_interval"]) * line.startswith("iter "))
+                if line.startswith("iter "):
+                    bar.update(int(shape["log_interval"]))
         if process.returncode:
             sys.exit(f"train.py failed with exit status {process.returncode}")
-        curve = [(record["iter"] * tokens_per_iter, record["val/loss"])
-                 for record in read_log(out / "log.jsonl") if "val/loss" in record]
-        means, positions = evaluate(out / "ckpt.pt", val, end)
-        return {"means": means, "positions": positions, "curve": curve}
+        bits_per_nat = sum(map(len, val)) / np.log(2) / val_bytes  # from nats per token
+        curve = [(record["iter"] * bytes_per_iter[name], record["val/loss"] * bits_per_nat)
+                 for record in read_log(folder / "log.jsonl") if "val/loss" in record]
+        model = load_checkpoint(folder / "ckpt.pt")[0].to(DEVICE).eval()
+        found, positions = evaluate(model, val, sentences[1], val_bytes)
+        bar.write(f"{name}, seed {seed}, bits per byte: " + ", ".join(
+            f"{evaluation} {bits:.3f}" for evaluation, bits in found.items()), file=sys.stderr)
+        return {"found": found, "positions": positions, "curve": curve, "model": model}
 
-    with tempfile.TemporaryDirectory() as folder:
+    jobs = [(name, seed) for seed in seeds for name in FORMATS]
+    with tempfile.TemporaryDirectory() as folder, \
+            tqdm(total=flags.seeds * sum(iters.values()), unit="iter", desc="Training") as bar, \
+            concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
         work = pathlib.Path(folder)
-        subprocess.run([sys.executable, PREPARE, f"--source={flags.source}", f"--out_dir={work}",
-                        "--shuffle=False", f"--test_size={flags.test_size}"],
-                       check=True, stdout=subprocess.DEVNULL)
-        train, val = (reencode(np.fromfile(work / f"{name}.bin", "<u2"), end)
-                      for name in ("train", "val"))
-        seeds = range(1, flags.seeds + 1)
-        vocab_size = -(-(end + 1) // 64) * 64  # a multiple of 64, which is faster
-        # not in the threads, which share torch's random number generator
-        initial = {seed: initial_checkpoint(shape, vocab_size, seed) for seed in seeds}
-        jobs = [(order, seed) for seed in seeds for order in ORDERS]
-        with tqdm(total=len(jobs) * (flags.iters + 1), unit="iter", desc="Training") as bar, \
-                concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
-            runs = list(pool.map(run, *zip(*jobs)))
-    results = {order: runs[i::len(ORDERS)] for i, order in enumerate(ORDERS)}
+        runs = list(pool.map(run, *zip(*jobs)))
+    results = {name: runs[i::len(FORMATS)] for i, name in enumerate(FORMATS)}
     plot(flags.picture, results)
-    print(f"{flags.seeds} seeds, {(flags.iters + 1) * tokens_per_iter:,} tokens per run,"
-          f" {len(train):,} in the training split, {len(val):,} in the validation split;"
-          f" {shape['n_layer']} layers"
-          f" of {shape['n_embd']}, {end:,} of GPT-2's ids;"
-          f" {(time.monotonic() - start) / 60:.0f} min")
-    print("Validation loss in nats per token: mean ± largest distance of a seed from it."
-          " A positive difference means that ordered rows are better.")
-    print_table("evaluated on", results, [
-        (name, lambda result, name=name: result["means"][name]) for name in runs[0]["means"]])
-    print_table("training tokens", results, [
-        (f"{tokens:,}", lambda result, i=i: result["curve"][i][1])
-        for i, (tokens, _) in enumerate(runs[0]["curve"]) if i])
-    edges = np.unique([0] + [block_size >> shift for shift in range(7)])
-    print_table("position in the context", results, [
-        (f"{low + 1} to {high}",
-         lambda result, part=slice(low, high): result["positions"][part].mean())
-        for low, high in zip(edges, edges[1:])])
+
+    print(f"{flags.seeds} seeds; {shape['n_layer']} layers of {shape['n_embd']}, context of"
+          f" {shape['block_size']} tokens, vocabulary of {flags.vocabulary:,};"
+          f" {len(train_rows):,} rows of training text with {train_bytes:,} bytes,"
+          f" {len(val_rows):,} rows of validation text with {val_bytes:,} bytes (UTF-8, without"
+          f" separators); {(time.monotonic() - start) / 60:.0f} min\n\n"
+          "Bits per byte of the validation text: mean ± largest distance of a seed from it\n")
+    titles = {"shuffled": "shuffled sentences", "ordered": "sentences in order",
+              "documents": f"documents of {flags.rows_per_document:,} rows"}
+    table = [["", *titles.values()],
+             ["---", *("---:" for _ in FORMATS)],
+             ["tokens of training, per run", *(f"{iters[name] * tokens_per_iter:,}"
+                                               for name in FORMATS)],
+             ["bytes of training text, per run", *(f"{iters[name] * bytes_per_iter[name]:,.0f}"
+                                                   for name in FORMATS)],
+             ["validation tokens", *(f"{sum(map(len, data[name][1])):,}" for name in FORMATS)]]
+    for evaluation in runs[0]["found"]:
+        table.append([evaluation, *(
+            spread(np.array([result["found"][evaluation] for result in results[name]]))
+            for name in FORMATS)])
+    for cells in table:
+        print(f"| {' | '.join(cells)} |")
+    for name in FORMATS:
+        text = sample(results[name][0]["model"], encoding, flags.prompt, flags.sample_tokens, 1)
+        print(f"\n{titles[name]}, a sample of {flags.sample_tokens} tokens:\n\n{text}")
 
 
 if __name__ == "__main__":
