@@ -1,4 +1,5 @@
 """The output of the programs in tests/tools."""
+import json
 import re
 import sys
 
@@ -189,9 +190,46 @@ def test_benchmark_of_prepare():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="trains GPT-2 124M on a GPU")
-def test_benchmark_of_train():
-    output = run_tool("bench_train.py", "--iters=2", "--repeats=1")
-    assert re.fullmatch(r"train.py +[\d,]+ tokens/s, final loss [\d.]+; iter 2: .*\n", output)
+def test_benchmark_of_train_without_a_gpu():
+    assert run_tool("bench_train.py").startswith("no GPU here;")
+
+
+def test_benchmark_of_train(tmp_path):
+    # a stand-in for nanoGPT: 4 iterations, 100 ms each after the first half
+    nanogpt = tmp_path / "nanoGPT"
+    nanogpt.mkdir()
+    for name in "model.py", "configurator.py":
+        (nanogpt / name).touch()
+    (nanogpt / "train.py").write_text(
+        "for i, ms in enumerate([900, 800, 100, 100]):\n"
+        "    print(f'iter {i}: loss {9 - i}.0000, time {ms}.00ms, mfu 50.00%')\n"
+        "raise ValueError('a reason')\n")
+    output = run_tool(
+        "bench_train.py", "--device=cpu", "--iters=4", f"--nanogpt={nanogpt}", "--n_layer=1",
+        "--n_embd=16", "--block_size=16", "--batch_size=2", "--gradient_accumulation_steps=3",
+        "--learning_rate=1e-2", f"--json={tmp_path / 'bench.json'}")
+    _, *cells = table_rows(output)
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert (results["torch"], results["iters"]) == (torch.__version__, 4)
+    rows = {row["run"]: row for row in results["rows"]}
+    assert list(rows) == [row[0] for row in cells[1:]] == [
+        "adamw, float32", "nanoGPT, float32", "muon, float32", "sampling, float32", "repeated",
+        "resumed", "torchrun"]
+    assert not any("failed" in row for row in rows.values()), output
+    ours, theirs, muon, sampling, repeated, resumed, torchrun = rows.values()
+    assert theirs["tokens_per_second"] == pytest.approx(2 * 16 * 3 / 0.1)
+    assert theirs["loss"] == 7.5 and "mfu" not in theirs
+    ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
+    assert theirs["note"] == (f"ValueError: a reason; train.py processes {ratio:.2f} times as many"
+                              " tokens per second")
+    for row in ours, muon, repeated, resumed, torchrun:
+        assert row["note"] == "" and 0.1 < row["peak_gib"] < 4
+        assert 9 < row["loss"] < 11 and 9 < row["val_loss"] < 11
+    assert ours["loss"] != muon["loss"] and "graphs" not in ours
+    assert torchrun["graphs"] >= 1
+    assert repeated["difference"] == resumed["difference"] == 0  # exact on a CPU
+    assert torchrun["difference"] < 1e-3
+    assert min(sampling["tokens_per_second"], sampling["tokens_per_second_16"]) > 0
 
 
 def test_faults():

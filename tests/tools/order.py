@@ -63,8 +63,8 @@ FORMATS = "shuffled", "ordered", "documents"
 EVALUATIONS = 10  # per run, at the same number of bytes in all formats
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256, "batch_size": 16,
-         "gradient_accumulation_steps": 1, "optimizer": "muon", "learning_rate": 3e-3,
-         "min_lr": 3e-4, "warmup_iters": 50, "eval_iters": 16, "log_interval": 10}
+         "gradient_accumulation_steps": 1, "optimizer": "muon", "learning_rate": 1e-2,
+         "min_lr": 1e-3, "warmup_iters": 50, "eval_iters": 16, "log_interval": 10}
 
 
 def tokenizer(vocab_size):
