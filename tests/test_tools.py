@@ -141,7 +141,7 @@ def test_order_experiment(tmp_path):
     assert header[1:] == ["shuffled sentences", "sentences in order", "documents of 30 rows"]
     tokens, n_bytes, val_tokens = (
         [int(cell.replace(",", "")) for cell in row[1:]] for row in (tokens, n_bytes, val_tokens))
-    assert all(n % (10 * 4 * 64) == 0 for n in tokens)  # ten evaluations
+    assert all(n % (8 * 4 * 64) == 0 for n in tokens)  # eight evaluations
     assert n_bytes == pytest.approx([20000] * 3, rel=0.2)
     assert val_tokens[0] == val_tokens[1] > val_tokens[2]  # which joins words and spaces
     assert [row[0] for row in rows] == [

@@ -1,7 +1,7 @@
 """Compare three formats of the same training text by bits per byte: sentences shuffled, sentences
 in order, and documents of many rows.
 
-    python tests/tools/order.py --source=NOVELS.parquet        # two CPU cores: about 30 minutes
+    python tests/tools/order.py --source=NOVELS.parquet        # two CPU cores: about 35 minutes
     python tests/tools/order.py --source=NOVELS.parquet --vocabulary=50257 --n_layer=12 \\
         --n_head=12 --n_embd=768 --block_size=1024 --megabytes=300   # larger, for a GPU
 
@@ -60,7 +60,7 @@ sys.path.insert(0, str(ROOT))
 from train import GPT, GPTConfig, load_checkpoint, read_log  # noqa: E402
 
 FORMATS = "shuffled", "ordered", "documents"
-EVALUATIONS = 10  # per run, at the same number of bytes in all formats
+EVALUATIONS = 8  # per run, at the same number of bytes in all formats
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256, "batch_size": 16,
          "gradient_accumulation_steps": 1, "optimizer": "muon", "learning_rate": 1e-2,
@@ -192,7 +192,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True,
                         help="Parquet file: books in order, one sentence per row of `text`")
-    parser.add_argument("--held_out", type=int, default=16000, help="rows for validation")
+    parser.add_argument("--held_out", type=int, default=12000, help="rows for validation")
     parser.add_argument("--rows_per_document", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
     parser.add_argument("--megabytes", type=float, default=8, help="text per run, in 10**6 bytes")
