@@ -11,6 +11,7 @@ import codecs
 import concurrent.futures
 import contextlib
 import csv
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -44,12 +45,14 @@ from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOOKCORPUS = "SamuelYang/bookcorpus"  # 74,004,228 rows, one sentence each, 4.85 GB of text
-# what is not data in a folder: documents, and files of prepare.py, Dataset.save_to_disk and map
-NOT_DATA = re.compile(r"(?i)(stats|dataset_info|dataset_dict|state)\.json|(train|val)\.bin"
-                      r"|cache-[0-9a-f]{16}.*\.arrow|(readme|license)(\.txt|\.md)?")
+# files of a folder that are not data: those of prepare.py, of Dataset.save_to_disk and Dataset.map,
+# and documents
+NOT_DATA = ("stats.json", "train.bin", "val.bin", "dataset_info.json", "dataset_infos.json",
+            "dataset_dict.json", "state.json", "cache-" + 16 * "[0-9a-f]" + "*.arrow",
+            "readme", "readme.md", "readme.txt", "license", "license.md", "license.txt")
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = 50256
-BLOCK_BYTES = 16 << 20  # read from a file at a time
+BLOCK_BYTES = 16 << 20  # read from a file at a time; of text files, characters
 ROW_BYTES = 1 << 30  # the longest row
 BATCH_BYTES = 8 << 20  # text per call of tokenize
 COMMON_WORDS = 50_000  # words that encode() finds without a Python dict
@@ -62,11 +65,11 @@ OVERLAP_TOKENS = 32 << 20  # how many tokens they have together
 def parse_flags():
     def boolean(text):
         if text not in ("True", "False"):
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
         return text == "True"
 
     def folder(text):
-        return pathlib.Path(text).expanduser()
+        return pathlib.Path(os.path.expanduser(text))
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
@@ -90,20 +93,18 @@ def parse_flags():
     return flags
 
 
-# sources ---------------------------------------------------------------------
+# local files -----------------------------------------------------------------
+
+# The functions read_* get a binary stream and the names of the columns. They yield
+# pa.RecordBatches, and raise ValueError or OSError for what they cannot read.
 
 
 def read_text(stream, columns):
     """Each line is a row. As in Python's text files, a line ends with LF, CRLF or CR."""
     text = io.TextIOWrapper(stream, "utf-8-sig")
     while block := text.read(BLOCK_BYTES) + text.readline():
-        data = np.frombuffer(block.removesuffix("\n").encode() + b"\n", np.uint8)
-        is_newline = data == ord("\n")
-        ends = np.flatnonzero(is_newline)
-        bounds = np.append(0, ends - np.arange(len(ends)))  # in the data without newlines
-        buffers = [None, pa.py_buffer(bounds.astype(np.int64)), pa.py_buffer(data[~is_newline])]
-        lines = pa.Array.from_buffers(pa.large_string(), len(ends), buffers)
-        yield pa.record_batch([lines], columns)
+        lines = pc.split_pattern(pa.array([block.removesuffix("\n")], pa.large_string()), "\n")
+        yield pa.record_batch([lines.flatten()], columns)
 
 
 def read_csv(stream, columns, delimiter=","):
@@ -111,37 +112,42 @@ def read_csv(stream, columns, delimiter=","):
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
     records = csv.reader(text, delimiter=delimiter, strict=True)
-    header = next(records, columns)  # an empty file has no rows
-    check_columns(header, columns)
-    indices = [header.index(name) for name in columns]
-    rows, size = [], 0
+    values, size = [[] for _ in columns], 0
+
+    def record_batch():
+        return pa.record_batch([pa.array(column, pa.large_string()) for column in values], columns)
+
     try:
+        header = next(records, columns)  # an empty file has no rows
+        check_columns(header, columns)
+        indices = [header.index(name) for name in columns]
         for record in records:
-            if not record:  # a blank line: an empty string if there is only one column
-                if len(header) > 1:
-                    continue
-                record = [""]
+            if not record and len(header) > 1:  # a blank line
+                continue
+            record = record or [""]  # with one column, a blank line is an empty string
             if len(record) != len(header):
-                raise csv.Error(f"{len(record)} fields, but {len(header)} in the header")
-            rows.append([record[i] for i in indices])
-            size += sum(map(len, rows[-1]))
+                raise ValueError(f"{len(record)} fields, but {len(header)} in the header")
+            for column, i in zip(values, indices):
+                column.append(record[i])
+                size += 64 + len(record[i])  # with the Python object
             if size > BLOCK_BYTES:
-                yield pa.record_batch(list(zip(*rows)), columns)
-                rows, size = [], 0
-    except csv.Error as error:
+                yield record_batch()
+                values, size = [[] for _ in columns], 0
+    except (csv.Error, ValueError) as error:
         raise ValueError(f"line {records.line_num:,}: {error}") from error
-    if rows:
-        yield pa.record_batch(list(zip(*rows)), columns)
+    yield record_batch()
 
 
 def read_json(stream, columns):
     """JSON Lines, or one array of objects. Numbers and dates do not become strings."""
-    options = pj.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in columns]),
-                              unexpected_field_behavior="ignore")
     if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         records = json.loads(stream.read())
         stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
+    schema = pa.schema([(name, pa.string()) for name in columns])
+    options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
+        if block.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
+            raise ValueError("null is not an object")  # pyarrow 25 crashes if a block starts so
         rows = pj.read_json(pa.BufferReader(block), pj.ReadOptions(block_size=len(block)), options)
         yield from rows.to_batches()
 
@@ -151,7 +157,7 @@ def read_parquet(stream, columns):
     check_columns(file.schema_arrow.names, columns)
     groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
     largest = max((group.total_byte_size for group in groups), default=0)
-    # few rows at a time if those of a row group might not fit in memory, as rows can be long
+    # if the rows of a group may not fit in memory, few at a time, since they can have any length
     yield from file.iter_batches(10_000 if largest < 256 << 20 else 8, columns=columns)
 
 
@@ -159,16 +165,18 @@ def read_arrow(stream, columns):
     """Files and streams of Arrow's IPC format. `datasets` writes streams."""
     is_file = stream.read(6) == b"ARROW1"
     stream.seek(0)
-    if isinstance(stream, io.BufferedReader):  # mapped: a record batch can be as large as the file
+    if not isinstance(stream, io.BytesIO):  # mapped, since a record batch can be the whole file
         stream = pa.memory_map(stream.name)
     reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
     check_columns(reader.schema.names, columns)
-    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+    if is_file:
+        reader = map(reader.get_batch, range(reader.num_record_batches))
+    for batch in reader:
         yield batch.select(columns)
 
 
 def check_columns(names, columns):
-    """Raise ValueError if each of `columns` is not in the list `names` exactly once."""
+    """Raise ValueError unless each of `columns` is in the list `names` exactly once."""
     for name in columns:
         if names.count(name) != 1:
             raise ValueError(f"expected a column {name!r}, got {names}")
@@ -177,9 +185,11 @@ def check_columns(names, columns):
 FORMATS = {".txt": read_text, ".csv": read_csv, ".tsv": functools.partial(read_csv, delimiter="\t"),
            ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
            ".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
-COMPRESSIONS = {".xz": lzma.open} | {
-    ending: functools.partial(pa.CompressedInputStream, compression=name) for ending, name in
-    ((".gz", "gzip"), (".bz2", "bz2"), (".zst", "zstd"), (".lz4", "lz4"))}
+COMPRESSIONS = {".gz": functools.partial(pa.CompressedInputStream, compression="gzip"),
+                ".bz2": functools.partial(pa.CompressedInputStream, compression="bz2"),
+                ".zst": functools.partial(pa.CompressedInputStream, compression="zstd"),
+                ".lz4": functools.partial(pa.CompressedInputStream, compression="lz4"),
+                ".xz": lzma.open}
 
 
 def endings(path):
@@ -204,12 +214,17 @@ def list_folder(source):
         subfolders[:] = sorted(name for name in subfolders if name[0] not in "._")
         for name in names:
             path = os.path.join(folder, name)
-            if name[0] in "._" or NOT_DATA.fullmatch(name):
+            if name[0] in "._" or any(fnmatch.fnmatch(name.lower(), known) for known in NOT_DATA):
                 continue
-            if not os.path.exists(path):
-                raise ValueError(f"{path} is a broken link")
-            (files if endings(name)[0] in FORMATS else others).append(path)
-    return files, sorted(others)
+            try:
+                os.stat(path)
+            except FileNotFoundError:
+                raise ValueError(f"{path} is a broken link") from None
+            if endings(name)[0] in FORMATS:
+                files.append(path)
+            else:
+                others.append(path)
+    return sorted(files), sorted(others)
 
 
 def find_files(source):
@@ -221,50 +236,58 @@ def find_files(source):
     elif os.path.lexists(source):
         files = [source]
     else:
-        files = [path for path in glob.glob(source, recursive=True) if not os.path.isdir(path)]
-        is_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", source) and endings(source)[0] not in FORMATS
-        if not files and is_name:
+        files = [path for path in sorted(glob.glob(source, recursive=True))
+                 if not os.path.isdir(path)]
+        is_hub_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", source)
+        if not files and is_hub_name and endings(source)[0] not in FORMATS:
             return []
     if not files:
         raise ValueError("no data files found" + (f" beside {others[0]}" if others else ""))
-    # of several links to a file, only the first in alphabetical order
-    files = sorted({os.path.realpath(path): path for path in sorted(files, reverse=True)}.values())
-    formats = {FORMATS.get(endings(path)[0]): path for path in files}
-    if None in formats:
-        raise ValueError(f"{formats[None]} has none of the known endings {' '.join(FORMATS)}, which"
-                         f" {' '.join(COMPRESSIONS)} can follow; unpack .tar and .zip files first")
+    for path in files:
+        if endings(path)[0] not in FORMATS:
+            raise ValueError(
+                f"{path} has none of the known endings {' '.join(FORMATS)}, which"
+                f" {' '.join(COMPRESSIONS)} can follow; unpack .tar and .zip files first")
+    formats = {FORMATS[endings(path)[0]]: path for path in files}
     if len(formats) > 1:
         raise ValueError(f"more than one format: {', '.join(formats.values())}; choose with a glob")
     if others:
-        print(f"{len(others)} files with other endings are not read, the first is {others[0]}",
-              file=sys.stderr)
-    return files
+        print(f"files with other endings, which are not read: {len(others):,}, the first is"
+              f" {others[0]}", file=sys.stderr)
+    first_names = {}  # of several links to a file, only the first is read
+    for path in files:
+        first_names.setdefault(os.path.realpath(path), path)
+    return list(first_names.values())
 
 
 def read_file(path, columns, bar):
     """Yield the rows of a file as pa.LargeStringArrays. `bar` counts the bytes that were read.
-    Raises ValueError, with the name of the file, if it is damaged or has something else."""
+    Raises ValueError, with the name of the file, if it is damaged or not of its format."""
     n_rows, start = 0, bar.n
     ending, compression = endings(path)
     try:
         with open(path, "rb") as file:
-            stream = content = file
+            stream = file
             if compression:
-                stream = content = io.BufferedReader(COMPRESSIONS[compression](file))
+                decompressed = io.BufferedReader(COMPRESSIONS[compression](file))
+                if not decompressed.peek() and not os.path.getsize(path):
+                    raise ValueError("empty, which is not a compressed file")
+                stream = decompressed
                 if FORMATS[ending] in (read_parquet, read_arrow):  # which need random access
-                    stream = io.BytesIO(content.read())
+                    stream = io.BytesIO(decompressed.read())
             for batch in FORMATS[ending](stream, columns):
-                text = to_text(batch["text"], n_rows)
+                text = to_large_string(batch["text"], n_rows)
                 text.validate(full=True)  # UTF-8
                 yield text
                 n_rows += len(batch)
                 bar.update(start + file.tell() - bar.n)
             bar.update(start + os.path.getsize(path) - bar.n)
     except Exception as error:
-        raise ValueError(f"{path}: {error} (after {n_rows:,} rows)") from error
+        after = f" (after {n_rows:,} rows)" if n_rows else ""
+        raise ValueError(f"{path}: {error}{after}") from error
 
 
-def to_text(array, first_row):
+def to_large_string(array, first_row):
     """pa.Array of any of Arrow's string types -> pa.LargeStringArray. Raises ValueError for other
     types and for nulls. `first_row` is the number of its first row, for the message."""
     strings = array.dictionary if isinstance(array, pa.DictionaryArray) else array
@@ -281,19 +304,27 @@ def load_files(files, work):
     """Write the column `text` of `files` to work/text.arrow. Returns it as a Dataset."""
     path, schema = str(work / "text.arrow"), pa.schema([("text", pa.large_string())])
     total = sum(map(os.path.getsize, files))
+    parts, size = [], 0  # small arrays, which are written as one record batch
     with pa.ipc.new_stream(path, schema) as out, \
             tqdm(total=total, desc="Reading", unit="B", unit_scale=True) as bar:
         for file in files:
             for text in read_file(file, ["text"], bar):
-                out.write_batch(pa.record_batch([text], schema=schema))
+                parts.append(text)
+                size += text.nbytes
+                if size > BLOCK_BYTES:
+                    out.write_batch(pa.record_batch([pa.concat_arrays(parts)], schema=schema))
+                    parts, size = [], 0
+        if parts:
+            out.write_batch(pa.record_batch([pa.concat_arrays(parts)], schema=schema))
     return datasets.Dataset.from_file(path)
 
 
 def load_from_hub(name, work):
     """Load the column `text` of the split `train` of a dataset on the Hub."""
     for variable in "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE":
-        if not os.path.exists(os.environ.get(variable) or "."):  # errors would not name it
-            raise ValueError(f"{variable}={os.environ[variable]}: no such file")
+        path = os.environ.get(variable)
+        if path and not os.path.exists(path):  # the error of a library would not name it
+            raise ValueError(f"{variable}={path}: no such file")
     for attempt in range(6):
         try:
             # 100,000 rows per record batch: 17 s at full size, 27 s with the default of 1,000
@@ -310,13 +341,17 @@ def load_from_hub(name, work):
 
 def refuse_to_replace(out_dir, origin):
     """Raise ValueError if train.bin or val.bin in `out_dir` was not made from `origin`."""
+    if not any((out_dir / name).exists() for name in ("train.bin", "val.bin")):
+        return
     try:
-        made_from = json.loads((out_dir / "stats.json").read_text())["origin"]
+        made_from = dict(json.loads((out_dir / "stats.json").read_text())["origin"])
+        changes = [f"{key}: {made_from.get(key)}, now {origin[key]}" for key in origin
+                   if made_from.get(key) != origin[key]]
     except (OSError, ValueError, LookupError, TypeError):
-        made_from = "unknown data"
-    if made_from != origin and any((out_dir / name).exists() for name in ("train.bin", "val.bin")):
-        raise ValueError(f"{out_dir} has files made from another source or with other settings; use"
-                         f" another --out_dir or --overwrite=True ({made_from}, not {origin})")
+        changes = ["unknown data"]
+    if changes:
+        raise ValueError(f"{out_dir} has files made from another source or with other settings"
+                         f" ({'; '.join(changes)}); use another --out_dir or --overwrite=True")
 
 
 # split and tokenize ----------------------------------------------------------
@@ -356,9 +391,11 @@ def gpt2():
 
 
 def offsets(array):
-    """The n + 1 byte offsets of an array of n rows: int32, of a pa.LargeStringArray int64."""
-    kind = np.int64 if pa.types.is_large_string(array.type) else np.int32
-    return np.frombuffer(array.buffers()[1] or bytes(8), kind)[array.offset:][:len(array) + 1]
+    """The n + 1 byte offsets of an array of n rows: int64 for a pa.LargeStringArray, int32 for a
+    pa.BinaryArray."""
+    dtype = np.int64 if pa.types.is_large_string(array.type) else np.int32
+    buffer = array.buffers()[1] or bytes(8)  # an array without rows may have none
+    return np.frombuffer(buffer, dtype)[array.offset:array.offset + len(array) + 1]
 
 
 def binary_array(bounds, data):
@@ -379,15 +416,18 @@ class Words:
     """
 
     def __init__(self):
-        self.index = {b"": 0}  # word -> its row in self.tokens; the empty word ends a row of text
+        self.clear()
+
+    def clear(self):
+        self.ids = {b"": 0}  # word -> its row in self.tokens; the empty word ends a row of text
         self.tokens = pa.array([np.array(END_OF_TEXT, TOKEN).tobytes()], pa.binary())
-        self.common = pa.array([b""], pa.binary())  # the first words of self.index
+        self.common = pa.array([b""], pa.binary())  # the words with the first ids
 
     def encode(self, text):
         """pa.LargeStringArray of n rows -> pa.BinaryArray of n rows: uint16 tokens, END_OF_TEXT
         last."""
         if self.tokens.nbytes > CACHE_BYTES:
-            self.__init__()  # empty the cache
+            self.clear()
         bounds = offsets(text)
         data = np.frombuffer(text.buffers()[2] or b"", np.uint8)[bounds[0]:bounds[-1]]
         bounds = bounds - bounds[0]
@@ -398,31 +438,32 @@ class Words:
         is_start[-1] = False  # set by an empty last row
         # two cuts at the end of each row: the empty word between them becomes END_OF_TEXT
         cuts = np.concatenate([np.flatnonzero(is_start), bounds[1:], bounds[-1:]])
-        words = binary_array(np.sort(cuts, kind="stable"), data)
-        # behind the common words, so that dictionary_encode gives these their rows in self.tokens
+        words = binary_array(np.sort(cuts, kind="stable"), data)  # stable: fast if partly sorted
+        # with the common words in front, dictionary_encode gives each of them its id
         n_common = len(self.common)
-        words = pa.concat_arrays([self.common, words]).dictionary_encode()
-        rows = np.append(np.arange(n_common), self.look_up(words.dictionary[n_common:].to_pylist()))
-        rows = rows[words.indices[n_common:].to_numpy()]
+        encoded = pa.concat_arrays([self.common, words]).dictionary_encode()
+        others = encoded.dictionary[n_common:].to_pylist()
+        ids = np.append(np.arange(n_common), self.look_up(others))
+        ids = ids[encoded.indices[n_common:].to_numpy()]
         if n_common < COMMON_WORDS:
-            self.common = pa.array(itertools.islice(self.index, COMMON_WORDS), pa.binary())
-        tokens = self.tokens.take(pa.array(rows))
-        row_ends = offsets(tokens)[1:][rows == 0]
+            self.common = pa.array(itertools.islice(self.ids, COMMON_WORDS), pa.binary())
+        tokens = self.tokens.take(pa.array(ids))
+        row_ends = offsets(tokens)[1:][ids == 0]
         return binary_array(np.append(0, row_ends), tokens.buffers()[2])
 
     def look_up(self, words):
-        """Row in self.tokens of each of the distinct `words`, a list of bytes; encodes new ones."""
-        known = len(self.index)
-        rows = np.array([self.index.setdefault(word, len(self.index)) for word in words], int)
+        """The ids of the distinct `words`, a list of bytes; encodes new ones."""
+        n_known = len(self.ids)
+        ids = np.array([self.ids.setdefault(word, len(self.ids)) for word in words], int)
         new = [np.array(gpt2().encode_ordinary(words[i].decode()), TOKEN).tobytes()
-               for i in np.flatnonzero(rows >= known)]
+               for i in np.flatnonzero(ids >= n_known)]
         self.tokens = pa.concat_arrays([self.tokens, pa.array(new, pa.binary())])
-        return rows
+        return ids
 
 
 def tokenize(batch, rows):
-    """Table with the columns `first` and `last` of one row: a range of the Dataset `rows` -> table
-    with a column `tokens`, uint16 in binary rows."""
+    """The rows of the Dataset `rows` from batch["first"] to batch["last"] -> pa.Table with a column
+    `tokens`: uint16, as binary strings. `batch` is a pa.Table with one row."""
     first, last = batch["first"][0].as_py(), batch["last"][0].as_py()
     text = rows[first:last]["text"].cast(pa.large_string()).combine_chunks()
     return pa.table({"tokens": Words().encode(text)})
@@ -433,7 +474,7 @@ def row_sizes(rows):
     are not text or too long."""
     sizes, first = [np.empty(0, np.int32)], 0
     for chunk in rows.data["text"].chunks:
-        chunk_sizes = np.diff(offsets(to_text(chunk, first)))
+        chunk_sizes = np.diff(offsets(to_large_string(chunk, first)))
         if len(chunk) and chunk_sizes.max() > ROW_BYTES:
             raise ValueError(f"row {first + chunk_sizes.argmax():,} (counted from 0) has more than"
                              f" {ROW_BYTES:,} bytes")
@@ -443,7 +484,8 @@ def row_sizes(rows):
 
 
 def cut(sizes, limit):
-    """Bounds that cut the array `sizes` into parts whose sum is at most `limit`, or one element."""
+    """Bounds, from 0 to len(sizes), that cut the array `sizes` into parts with a sum of at most
+    `limit`. A larger element is a part of its own."""
     ends, bounds = np.cumsum(sizes, dtype=np.int64), [0]
     while bounds[-1] < len(sizes):
         start = bounds[-1]
@@ -455,17 +497,17 @@ def cut(sizes, limit):
 def take(chunks, rows):
     """pa.BinaryArray of the rows with the numbers `rows` of `chunks`, a list of pa.BinaryArrays."""
     firsts = np.cumsum([0, *map(len, chunks)])
-    # chunk by chunk, as pa.ChunkedArray.take fails beyond 2 GB. The sort is stable, so that 16-bit
-    # numbers are sorted by radix.
+    # chunk by chunk: pa.ChunkedArray.take fails beyond 2 GB. A stable sort of 16-bit numbers is a
+    # radix sort.
     chunk_of = np.searchsorted(firsts, rows, "right") - 1
     chunk_of = chunk_of.astype(np.min_scalar_type(len(chunks)))
     order = np.argsort(chunk_of, kind="stable")
-    bounds = np.searchsorted(chunk_of, np.arange(len(firsts)), sorter=order)
+    bounds = np.cumsum([0, *np.bincount(chunk_of, minlength=len(chunks))])
     parts = [chunk.take(pa.array(rows[order[low:high]] - first))
              for chunk, first, low, high in zip(chunks, firsts, bounds, bounds[1:])]
-    places = np.empty_like(order)
-    places[order] = np.arange(len(order))
-    return pa.concat_arrays(parts).take(pa.array(places))  # in the order of `rows`
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return pa.concat_arrays(parts).take(pa.array(inverse))  # in the order of `rows`
 
 
 def write(path, chunks, rows, lengths, known, pool):
@@ -500,15 +542,16 @@ def write(path, chunks, rows, lengths, known, pool):
 def write_splits(work, chunks, train, val, num_proc):
     """Write val.bin and train.bin to the folder `work`. Returns the statistics, a dict."""
     lengths = np.concatenate([np.diff(offsets(chunk)) for chunk in chunks]) // TOKEN.itemsize
-    sample = val[:OVERLAP_ROWS]
-    sample = take(chunks, sample[:cut(lengths[sample], OVERLAP_TOKENS)[1]])
-    stats = {}
-    known = sample.unique()
+    sample_rows = val[:OVERLAP_ROWS]
+    end = cut(lengths[sample_rows], OVERLAP_TOKENS)[1]
+    sample = take(chunks, sample_rows[:end])
+    known, stats = sample.unique(), {}
     # threads, since Arrow and numpy release the GIL; no more than 8, as each takes 0.1 GB
     with concurrent.futures.ThreadPoolExecutor(min(num_proc, 8)) as pool:
-        for key, rows in ("val", val), ("train", train):
-            stats[key], seen = write(work / f"{key}.bin", chunks, rows, lengths[rows], known, pool)
-    overlap = seen[pc.index_in(sample, known)].mean()
+        stats["val"], _ = write(work / "val.bin", chunks, val, lengths[val], known, pool)
+        stats["train"], found = write(work / "train.bin", chunks, train, lengths[train], known,
+                                      pool)
+    overlap = found[pc.index_in(sample, known)].mean()
     return stats | {"validation rows that also occur in the training split":
                     f"{overlap:.1%} of {len(sample):,} (exact match)"}
 
@@ -661,9 +704,14 @@ def main():
     except filelock.Timeout:
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
-        not_found = isinstance(error, OSError) and not error.errno  # locally, or on the Hub
-        hint = " (for a local copy: --source=PATH)" if not_found else ""
-        sys.exit(f"prepare.py: {flags.source}: {message(error)}{hint}")
+        text = message(error)
+        if flags.source not in text:
+            text = f"{flags.source}: {text}"
+        if isinstance(error, OSError) and not error.errno:  # of the Hub, not of the system
+            text += " (for a local copy: --source=PATH)"
+        sys.exit(f"prepare.py: {text}")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # --out_dir can have any characters
     print(f"{summary(stats)}\n\nTrain on it: python train.py"
           f" --dataset={shlex.quote(str(flags.out_dir.resolve()))}")
 
