@@ -438,7 +438,7 @@ def test_names_in_a_folder(prepare, tmp_path):
             f" {tmp_path / 'books' / 'cover.jpg'}\n") in ended.stderr
 
 
-@pytest.mark.parametrize("target", ["unmounted/b.txt", "../unmounted"])
+@pytest.mark.parametrize("target", ["unmounted/b.txt", "gone"])
 def test_broken_link_in_a_folder(refused, tmp_path, target):
     source = original_files(tmp_path / "books")
     (source / target.replace("/", "-")).symlink_to(target)
