@@ -337,7 +337,7 @@ def read(reader, content, block_bytes):
         patch.setattr(module, "BLOCK_BYTES", block_bytes)
         stream = io.BufferedReader(io.BytesIO(content))
         return [row for batch in reader(stream, ["text"])
-                for row in module.to_large_string(batch["text"], 0).to_pylist()]
+                for row in module.get_columns(batch, ["text"], 0)[0].to_pylist()]
 
 
 @settings(max_examples=200, deadline=None)
@@ -438,12 +438,12 @@ def test_names_in_a_folder(prepare, tmp_path):
             f" {tmp_path / 'books' / 'cover.jpg'}\n") in ended.stderr
 
 
-@pytest.mark.parametrize("target", ["unmounted/b.txt", "gone"])
-def test_broken_link_in_a_folder(refused, tmp_path, target):
+@pytest.mark.parametrize("name", ["b.txt", "subfolder"])
+def test_broken_link_in_a_folder(refused, tmp_path, name):
     source = original_files(tmp_path / "books")
-    (source / target.replace("/", "-")).symlink_to(target)
+    (source / name).symlink_to("unmounted")
     line = refused(f"--source={source}", f"--out_dir={tmp_path / 'out'}")
-    assert f"{source / target.replace('/', '-')} is a broken link" in line
+    assert f"{source / name} is a broken link" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -524,6 +524,158 @@ def test_hub_offline(refused, tmp_path):
     assert "Hub" in line and "--source=PATH" in line
 
 
+def table(**columns):
+    return lambda path: pq.write_table(pa.table(columns), path)
+
+
+def arrow(**columns):
+    return lambda path: write_arrow(path, pa.table(columns))
+
+
+def text(content):
+    return lambda path: path.write_bytes(content)
+
+
+# documents -------------------------------------------------------------------
+
+
+def join(rows, keys):
+    """The documents: rows whose consecutive keys are equal, joined with a space."""
+    groups = itertools.groupby(zip(keys, rows), key=lambda pair: pair[0])
+    return [" ".join(row for _, row in group) for _, group in groups]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.sampled_from(["", " ", "a", " b", "c ", "\n"]),
+                                   st.integers(0, 2)))),
+       st.integers(1, 6), st.sampled_from(["rows", "integers", "strings"]))
+def test_documents_do_not_depend_on_batches(batches, rows_per_document, kind):
+    def arrays(batch):
+        columns = [pa.array([row for row, _ in batch], pa.large_string())]
+        if kind != "rows":
+            columns.append(pa.array([key for _, key in batch], pa.int64()))
+        if kind == "strings":
+            columns[1] = columns[1].cast(pa.large_string())
+        return columns
+
+    rows = [row for batch in batches for row, _ in batch]
+    keys = [key for batch in batches for _, key in batch]
+    if kind == "rows":
+        keys = [i // rows_per_document for i in range(len(rows))]
+    found = module.join_rows(map(arrays, batches), rows_per_document if kind == "rows" else 1)
+    assert [document for array in found for document in array.to_pylist()] == join(rows, keys)
+
+
+@pytest.mark.parametrize("rows_per_document, method", [
+    (2, "fork"), (7, "spawn"), (1000, "forkserver"), (3999, "fork")])
+def test_rows_per_document(prepare, tmp_path, rows_per_document, method):
+    source = write_parquet(tmp_path / "rows.parquet", ADVERSARIAL, row_group_size=999)
+    documents = join(ADVERSARIAL, [i // rows_per_document for i in range(len(ADVERSARIAL))])
+    for num_proc, shuffle in (1, True), (3, False):
+        ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--test_size=0.3",
+                        f"--rows_per_document={rows_per_document}", f"--num_proc={num_proc}",
+                        f"--shuffle={shuffle}", "--overwrite=True",
+                        before=f"import multiprocess; multiprocess.set_start_method({method!r})")
+        assert ended.returncode == 0, ended.stderr
+        assert bins(tmp_path) == oracle(documents, test_size=0.3, shuffle=shuffle)
+    n_val = -(-3 * len(documents) // 10)
+    assert f"| documents | {len(documents) - n_val:,} | {n_val:,} |" in ended.stdout
+    assert "| tokens per document, mean |" in ended.stdout and "row" not in ended.stdout[:300]
+    assert f"validation documents that also occur in the training split: 0.0% of {n_val}" in (
+        ended.stdout)
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    assert stats["val"]["documents"] == n_val
+
+
+def books(ending, path):
+    """Two files of SENTENCES with a column `book`. A book begins in one and ends in the other."""
+    path.mkdir()
+    keys = [i // 30 % 3 + 1 for i in range(len(SENTENCES))]
+    if ending == "jsonl":
+        keys = [f"book {key}" for key in keys]
+    for part in range(2):
+        rows = SENTENCES[200:] if part else SENTENCES[:200]
+        part_keys = keys[200:] if part else keys[:200]
+        table = pa.table({"book": part_keys, "text": rows})
+        file = path / f"{part}.{ending}"
+        if ending == "csv":
+            with open(file, "w", newline="") as out:
+                csv.writer(out).writerows([table.column_names, *zip(part_keys, rows)])
+        elif ending in ("json", "jsonl"):
+            lines = map(json.dumps, table.to_pylist())
+            file.write_text("\n".join(lines) if ending == "jsonl" else f"[{','.join(lines)}]")
+        elif ending == "parquet":
+            strings = pa.array(map(str, part_keys)).dictionary_encode()
+            pq.write_table(table.set_column(0, "book", strings), file)
+        else:
+            write_arrow(file, table)
+    return path, join(SENTENCES, keys)
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet", "arrow"])
+def test_document_column(prepare, tmp_path, ending):
+    source, documents = books(ending, tmp_path / "books")
+    for num_proc in 1, 2:
+        ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--document_column=book",
+                        "--test_size=0.2", f"--num_proc={num_proc}")
+        assert ended.returncode == 0, ended.stderr
+        assert bins(tmp_path) == oracle(documents, test_size=0.2)
+
+
+def test_documents_on_the_hub(prepare, tmp_path):
+    source, documents = books("csv", tmp_path / "books")
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    with serve(files, "kd13/bookcorpus-clean") as hub:
+        for flag, expected in (
+                ("--document_column=book", documents),
+                ("--rows_per_document=9", join(SENTENCES, [i // 9 for i in range(444)]))):
+            ended = prepare("--source=kd13/bookcorpus-clean", f"--out_dir={tmp_path}", flag,
+                            "--overwrite=True", "--test_size=0.2", **hub.environment(tmp_path))
+            assert ended.returncode == 0, ended.stderr
+            assert bins(tmp_path) == oracle(expected, test_size=0.2)
+
+
+def test_long_document(prepare, tmp_path):
+    """Longer than a batch of any stage."""
+    rows = [f"row {i} of one long book ." for i in range(700_000)] + SENTENCES
+    source = write_parquet(tmp_path / "rows.parquet", rows)
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--rows_per_document=700000",
+                    "--shuffle=False")
+    assert ended.returncode == 0, ended.stderr
+    documents = " ".join(rows[:700_000]), " ".join(SENTENCES)
+    ids = [gpt2().encode_to_numpy(text, disallowed_special=()).astype("<u2") for text in documents]
+    assert bins(tmp_path) == tuple(array.tobytes() + b"\x50\xc4" for array in ids)
+
+
+@pytest.mark.parametrize("name, make, flag, message", [
+    ("rows.txt", text(b"a\nb\n"), "--document_column=book", "expected a column 'book', got ['te"),
+    ("rows.csv", text(b"text\na\nb\n"), "--document_column=book", "expected a column 'book', got"),
+    ("rows.jsonl", text(b'{"text": "a", "book": 1}\n{"text": "b"}\n'), "--document_column=book",
+     "the book of row 1 (counted from 0) is missing or null"),
+    ("rows.jsonl", text(b'{"text": "a", "book": 1}\n{"text": "b", "book": "1"}\n'),
+     "--document_column=book", "changed from number to string"),
+    ("null.parquet", table(text=["a", "b"], book=[1, None]), "--document_column=book",
+     "the book of row 1 (counted from 0) is missing or null"),
+    ("floats.parquet", table(text=["a", "b"], book=[0.5, 1.0]), "--document_column=book",
+     "expected a column 'book' of strings or integers, got double"),
+    ("one.txt", text(b"a\nb\nc\n"), "--rows_per_document=3",
+     "documents found: 1; each split needs at least one"),
+])
+def test_bad_documents(refused, tmp_path, name, make, flag, message):
+    make(tmp_path / name)
+    line = refused(f"--source={tmp_path / name}", f"--out_dir={tmp_path / 'out'}", flag)
+    assert message in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_document_flags_exclude_each_other_and_are_part_of_the_origin(prepare, refused, tmp_path):
+    flags = f"--source={SAMPLE}", f"--out_dir={tmp_path}"
+    line = refused(*flags, "--rows_per_document=2", "--document_column=book", status=2)
+    assert "cannot be used together" in line
+    assert prepare(*flags).returncode == 0
+    assert "rows_per_document: 1, now 2" in refused(*flags, "--rows_per_document=2")
+
+
 # statistics ------------------------------------------------------------------
 
 
@@ -545,7 +697,8 @@ def test_summary_and_stats(prepare, tmp_path):
     n_tokens = stats["train"]["tokens"] + stats["val"]["tokens"]
     assert stats["bytes of text per token"] == round(n_bytes / n_tokens, 3)
     assert stats["origin"] == {"source": str(SAMPLE), "size": SAMPLE.stat().st_size,
-                               "test_size": 0.0005, "seed": 2357, "shuffle": True}
+                               "test_size": 0.0005, "seed": 2357, "shuffle": True,
+                               "rows_per_document": 1, "document_column": ""}
     assert stats["seconds"] > 0
     assert f"python train.py --dataset={tmp_path}" in ended.stdout
     for stage in "Tokenizing", "Writing train.bin":
@@ -625,18 +778,6 @@ def invalid_utf8(path):
     write_parquet(path, strings)
 
 
-def table(**columns):
-    return lambda path: pq.write_table(pa.table(columns), path)
-
-
-def arrow(**columns):
-    return lambda path: write_arrow(path, pa.table(columns))
-
-
-def text(content):
-    return lambda path: path.write_bytes(content)
-
-
 def files(*names):
     return lambda path: (path.mkdir(), [(path / name).touch() for name in names])
 
@@ -664,8 +805,8 @@ BAD_SOURCES = {  # name: (function that makes it, words of the message)
     "lists.parquet": (table(text=[["x"], ["y"]]), NOT_STRINGS + "list"),
     "null.parquet": (table(text=["x", "y", None]), "the text of row 2 (counted from 0) is missing"),
     "dictionary.parquet": (table(text=pa.array(["x", None]).dictionary_encode()), "row 1 (counted"),
-    "no_rows.parquet": (table(text=pa.array([], pa.string())), "0 rows found"),
-    "one_row.parquet": (table(text=["x"]), "1 rows found; each split needs at least one"),
+    "no_rows.parquet": (table(text=pa.array([], pa.string())), "rows found: 0"),
+    "one_row.parquet": (table(text=["x"]), "rows found: 1; each split needs at least one"),
     "utf8.parquet": (invalid_utf8, "Invalid UTF8 sequence at string index 99"),
     "cut.parquet": (text(b"PAR1 and no more"), "Parquet"),
     "cut.arrow": (text(b"ARROW1 and no more"), "rrow"),
@@ -673,10 +814,10 @@ BAD_SOURCES = {  # name: (function that makes it, words of the message)
     "utf16.txt": (text("fine\n".encode("utf-16")), "'utf-8' codec can't decode byte 0xff"),
     "utf8.csv": (text(b"text\nb\xffd\n"), "'utf-8' codec can't decode byte 0xff"),
     "utf8.jsonl": (text(b'{"text": "b\xffd"}\n'), "Invalid UTF8 sequence at string index 0"),
-    "empty.txt": (text(b""), "0 rows found"),
-    "empty.csv": (text(b""), "0 rows found"),
-    "empty.json": (text(b""), "0 rows found"),
-    "header.csv": (text(b"text\n"), "0 rows found"),
+    "empty.txt": (text(b""), "rows found: 0"),
+    "empty.csv": (text(b""), "rows found: 0"),
+    "empty.json": (text(b""), "rows found: 0"),
+    "header.csv": (text(b"text\n"), "rows found: 0"),
     "cut.jsonl": (text(b'{"text": "x"}\n{"text": "y'), "Missing a closing quotation mark"),
     "cut.json": (text(b'[{"text": "x"},'), "Expecting value: line 1"),
     "missing.jsonl": (text(b'{"text": "x"}\n{"txet": "y"}\n'), "row 1 (counted from 0) is missin"),
@@ -740,7 +881,8 @@ def test_one_bad_file_of_four(refused, tmp_path, ending):
     ("--num_proc=2.5", "'2.5'"), ("--seed=-1", "--seed=-1 is out of range"), ("--seed=x", "'x'"),
     ("--shuffle=perhaps", "argument --shuffle: 'perhaps' is not True or False"),
     ("--sed=3", "unrecognized arguments: --sed=3"), ("stray", "stray"),
-    ("--seed", "expected one argument")])
+    ("--seed", "expected one argument"),
+    ("--rows_per_document=0", "--rows_per_document=0 is out of range")])
 def test_bad_flags(monkeypatch, capsys, flag, message):
     monkeypatch.setattr(sys, "argv", ["prepare.py", flag])
     with pytest.raises(SystemExit) as ended:
@@ -757,9 +899,10 @@ def test_bad_flag_ends_the_run(refused, tmp_path):
 
 def test_help(prepare):
     words = prepare("--help").stdout
-    for flag in "source", "out_dir", "test_size", "seed", "shuffle", "num_proc", "overwrite":
+    for flag in ("source", "out_dir", "test_size", "seed", "shuffle", "rows_per_document",
+                 "document_column", "num_proc", "overwrite"):
         assert f"--{flag}" in words
-    assert words.count("(default:") == 7
+    assert words.count("(default:") == 9
 
 
 def test_out_dir_is_a_file(refused, tmp_path):

@@ -4,7 +4,8 @@
     python data/bookcorpus/prepare.py --source=my.txt --out_dir=data/my   # your own text
 
 Each row of the column `text` becomes its GPT-2 BPE tokens followed by 50256 (<|endoftext|>).
-In a plain text file each line is a row, without its newline. Rows are shuffled by default.
+In a plain text file each line is a row, without its newline. Consecutive rows can be joined to
+documents, which are then handled like rows. Rows are shuffled by default.
 """
 import argparse
 import codecs
@@ -83,13 +84,18 @@ def parse_flags():
     add("--test_size", type=float, default=0.0005, help="fraction of the rows for val.bin")
     add("--seed", type=int, default=2357, help="seed of the shuffle")
     add("--shuffle", type=boolean, default=True, help="False: keep order; last rows in val.bin")
+    add("--rows_per_document", type=int, default=1, help="number of consecutive rows to join")
+    add("--document_column", default="", help="join consecutive rows with the same value in it")
     add("--num_proc", type=int, default=cpus, help="number of worker processes")
     add("--overwrite", type=boolean, default=False, help="replace files made with other flags")
     flags = parser.parse_args()
     for name, valid in (("test_size", 0 < flags.test_size < 1), ("seed", flags.seed >= 0),
+                        ("rows_per_document", flags.rows_per_document >= 1),
                         ("num_proc", flags.num_proc >= 1)):
         if not valid:
             parser.error(f"--{name}={getattr(flags, name)} is out of range")
+    if flags.document_column and flags.rows_per_document > 1:
+        parser.error("--rows_per_document and --document_column cannot be used together")
     return flags
 
 
@@ -101,6 +107,7 @@ def parse_flags():
 
 def read_text(stream, columns):
     """Each line is a row. As in Python's text files, a line ends with LF, CRLF or CR."""
+    check_columns(["text"], columns)
     text = io.TextIOWrapper(stream, "utf-8-sig")
     while block := text.read(BLOCK_BYTES) + text.readline():
         lines = pc.split_pattern(pa.array([block.removesuffix("\n")], pa.large_string()), "\n")
@@ -143,12 +150,16 @@ def read_json(stream, columns):
     if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         records = json.loads(stream.read())
         stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
-    schema = pa.schema([(name, pa.string()) for name in columns])
-    options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    types = dict.fromkeys(columns, pa.string())
     while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
         if block.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
             raise ValueError("null is not an object")  # pyarrow 25 crashes if a block starts so
-        rows = pj.read_json(pa.BufferReader(block), pj.ReadOptions(block_size=len(block)), options)
+        for name in columns[1:]:  # --document_column: integers or strings, as in the first line
+            value = json.loads(block.removeprefix(codecs.BOM_UTF8).splitlines()[0]).get(name)
+            types[name] = pa.int64() if isinstance(value, int) else pa.string()
+        rows = pj.read_json(
+            pa.BufferReader(block), pj.ReadOptions(block_size=len(block)),
+            pj.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"))
         yield from rows.to_batches()
 
 
@@ -260,9 +271,30 @@ def find_files(source):
     return list(first_names.values())
 
 
+def get_columns(batch, columns, first_row):
+    """The `columns` of a pa.RecordBatch, a list. Strings of all of Arrow's types become
+    pa.LargeStringArrays; columns other than `text` can be integers. Raises ValueError for other
+    types and for nulls. `first_row` is the number of the first row, for the message."""
+    arrays = []
+    for name in columns:
+        array = batch[name]
+        values = array.dictionary if isinstance(array, pa.DictionaryArray) else array
+        if str(values.type) in ("string", "large_string", "string_view"):
+            array = array.cast(pa.large_string())
+        elif name == "text" or not pa.types.is_integer(values.type):
+            expected = "strings" if name == "text" else "strings or integers"
+            raise ValueError(f"expected a column {name!r} of {expected}, got {array.type}")
+        if array.null_count:
+            row = first_row + pc.index(array.is_null(), True).as_py()
+            raise ValueError(f"the {name} of row {row:,} (counted from 0) is missing or null")
+        arrays.append(array)
+    return arrays
+
+
 def read_file(path, columns, bar):
-    """Yield the rows of a file as pa.LargeStringArrays. `bar` counts the bytes that were read.
-    Raises ValueError, with the name of the file, if it is damaged or not of its format."""
+    """Yield the columns of a file, in batches: lists of arrays, the text a pa.LargeStringArray.
+    `bar` counts the bytes that were read. Raises ValueError, with the name of the file, if it is
+    damaged or not of its format."""
     n_rows, start = 0, bar.n
     ending, compression = endings(path)
     try:
@@ -276,9 +308,9 @@ def read_file(path, columns, bar):
                 if FORMATS[ending] in (read_parquet, read_arrow):  # which need random access
                     stream = io.BytesIO(decompressed.read())
             for batch in FORMATS[ending](stream, columns):
-                text = to_large_string(batch["text"], n_rows)
-                text.validate(full=True)  # UTF-8
-                yield text
+                arrays = get_columns(batch, columns, n_rows)
+                arrays[0].validate(full=True)  # UTF-8
+                yield arrays
                 n_rows += len(batch)
                 bar.update(start + file.tell() - bar.n)
             bar.update(start + os.path.getsize(path) - bar.n)
@@ -287,40 +319,67 @@ def read_file(path, columns, bar):
         raise ValueError(f"{path}: {error}{after}") from error
 
 
-def to_large_string(array, first_row):
-    """pa.Array of any of Arrow's string types -> pa.LargeStringArray. Raises ValueError for other
-    types and for nulls. `first_row` is the number of its first row, for the message."""
-    strings = array.dictionary if isinstance(array, pa.DictionaryArray) else array
-    if str(strings.type) not in ("string", "large_string", "string_view"):
-        raise ValueError(f"expected a column 'text' of strings, got {array.type}")
-    text = array.cast(pa.large_string())
-    if text.null_count:
-        row = first_row + pc.index(text.is_null(), True).as_py()
-        raise ValueError(f"the text of row {row:,} (counted from 0) is missing or null")
-    return text
-
-
-def load_files(files, work):
-    """Write the column `text` of `files` to work/text.arrow. Returns it as a Dataset."""
-    path, schema = str(work / "text.arrow"), pa.schema([("text", pa.large_string())])
+def read_files(files, columns):
+    """Yield the columns of all `files`, in batches, with a progress bar."""
     total = sum(map(os.path.getsize, files))
-    parts, size = [], 0  # small arrays, which are written as one record batch
-    with pa.ipc.new_stream(path, schema) as out, \
-            tqdm(total=total, desc="Reading", unit="B", unit_scale=True) as bar:
-        for file in files:
-            for text in read_file(file, ["text"], bar):
-                parts.append(text)
-                size += text.nbytes
-                if size > BLOCK_BYTES:
-                    out.write_batch(pa.record_batch([pa.concat_arrays(parts)], schema=schema))
-                    parts, size = [], 0
+    with tqdm(total=total, desc="Reading", unit="B", unit_scale=True) as bar:
+        for path in files:
+            yield from read_file(path, columns, bar)
+
+
+def join_rows(batches, rows_per_document):
+    """Join the rows of each document with a space.
+
+    `batches` yields lists of one or two arrays: text and, with --document_column, keys. A document
+    is `rows_per_document` consecutive rows, or consecutive rows with the same key; batches can end
+    anywhere. Yields pa.LargeStringArrays of documents.
+    """
+    def join(rows, starts):
+        documents = pa.ListArray.from_arrays(pa.array([*starts, len(rows)], pa.int32()), rows)
+        return pc.binary_join(documents, pa.scalar(" ", pa.large_string()))
+
+    n_rows, last_key = 0, None
+    parts = []  # the rows so far of the last document, which can continue in the next batch
+    for text, *keys in batches:
+        starts = np.arange(-n_rows % rows_per_document, len(text), rows_per_document)
+        for array in keys if len(text) else []:
+            is_new = pc.not_equal(array[1:], array[:-1]).to_numpy(zero_copy_only=False)
+            starts = np.flatnonzero([array[0].as_py() != last_key, *is_new])
+            last_key = array[-1].as_py()
+        n_rows += len(text)
+        if len(starts):
+            parts.append(text[:starts[0]])
+            if sum(map(len, parts)):
+                yield join(pa.concat_arrays(parts), [0])
+            yield join(text[starts[0]:starts[-1]], starts[:-1] - starts[0])
+            text, parts = text[starts[-1]:], []
+        parts.append(text)
+    if n_rows:
+        yield join(pa.concat_arrays(parts), [0])
+
+
+def write_text(texts, path):
+    """Write pa.LargeStringArrays to the Arrow file `path`. Returns it as a Dataset."""
+    schema = pa.schema([("text", pa.large_string())])
+
+    def record_batch():
+        return pa.record_batch([pa.concat_arrays(parts)], schema=schema)
+
+    with pa.ipc.new_stream(path, schema) as out:
+        parts, size = [], 0  # small arrays become one record batch
+        for text in texts:
+            parts.append(text)
+            size += text.nbytes
+            if size > BLOCK_BYTES:
+                out.write_batch(record_batch())
+                parts, size = [], 0
         if parts:
-            out.write_batch(pa.record_batch([pa.concat_arrays(parts)], schema=schema))
+            out.write_batch(record_batch())
     return datasets.Dataset.from_file(path)
 
 
-def load_from_hub(name, work):
-    """Load the column `text` of the split `train` of a dataset on the Hub."""
+def load_from_hub(name, columns, work):
+    """Load `columns` of the split `train` of a dataset on the Hub."""
     for variable in "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE":
         path = os.environ.get(variable)
         if path and not os.path.exists(path):  # the error of a library would not name it
@@ -335,8 +394,35 @@ def load_from_hub(name, work):
             if error.response.status_code < 500 or attempt == 5:
                 raise
             time.sleep(2 ** attempt)
-    check_columns(rows.column_names, ["text"])
-    return rows.select_columns("text")
+    check_columns(rows.column_names, columns)
+    return rows.select_columns(columns)
+
+
+def read_dataset(rows, columns):
+    """Yield the columns of a Dataset, in batches: lists of arrays."""
+    first_row = 0
+    for batch in rows.data.to_batches():
+        yield get_columns(batch, columns, first_row)
+        first_row += len(batch)
+
+
+def load(flags, files, work):
+    """Load the rows of `files`, or of a dataset on the Hub, and join those of each document.
+    Returns a Dataset with the column `text`."""
+    columns = ["text", flags.document_column] if flags.document_column else ["text"]
+    is_joined = flags.document_column or flags.rows_per_document > 1
+    if files:
+        batches = read_files(files, columns)
+    else:
+        rows = load_from_hub(flags.source, columns, work)
+        if not is_joined:
+            return rows
+        batches = read_dataset(rows, columns)
+    if is_joined:
+        texts = join_rows(batches, flags.rows_per_document)
+    else:
+        texts = (text for text, in batches)
+    return write_text(texts, str(work / "text.arrow"))
 
 
 def refuse_to_replace(out_dir, origin):
@@ -469,16 +555,16 @@ def tokenize(batch, rows):
     return pa.table({"tokens": Words().encode(text)})
 
 
-def row_sizes(rows):
+def row_sizes(rows, unit):
     """The bytes of text of each row of the Dataset `rows`, int32. Raises ValueError for rows that
     are not text or too long."""
     sizes, first = [np.empty(0, np.int32)], 0
-    for chunk in rows.data["text"].chunks:
-        chunk_sizes = np.diff(offsets(to_large_string(chunk, first)))
-        if len(chunk) and chunk_sizes.max() > ROW_BYTES:
-            raise ValueError(f"row {first + chunk_sizes.argmax():,} (counted from 0) has more than"
-                             f" {ROW_BYTES:,} bytes")
-        sizes.append(chunk_sizes.astype(np.int32))
+    for text, in read_dataset(rows, ["text"]):
+        chunk = np.diff(offsets(text))
+        if len(chunk) and chunk.max() > ROW_BYTES:
+            raise ValueError(f"the text of {unit} {first + chunk.argmax():,} (counted from 0) has"
+                             f" more than {ROW_BYTES:,} bytes")
+        sizes.append(chunk.astype(np.int32))
         first += len(chunk)
     return np.concatenate(sizes)
 
@@ -510,7 +596,7 @@ def take(chunks, rows):
     return pa.concat_arrays(parts).take(pa.array(inverse))  # in the order of `rows`
 
 
-def write(path, chunks, rows, lengths, known, pool):
+def write(path, chunks, rows, lengths, known, pool, unit):
     """Write the rows with the numbers `rows`, which have `lengths` tokens, to `path`, in shards.
     Returns the statistics of the split, and a bool array: which rows of `known` are in it.
     """
@@ -533,14 +619,15 @@ def write(path, chunks, rows, lengths, known, pool):
             found[index] = True
             bar.update(shard.nbytes)
     out.flush()
-    return {"rows": len(rows), "tokens": len(out), "bytes": out.nbytes,
-            "tokens per row, mean": round(len(out) / len(rows), 2),
-            "tokens per row, median": int(np.median(lengths)),
-            "tokens per row, longest": int(lengths.max()), "sha256": digest.hexdigest()}, found
+    return {f"{unit}s": len(rows), "tokens": len(out), "bytes": out.nbytes,
+            f"tokens per {unit}, mean": round(len(out) / len(rows), 2),
+            f"tokens per {unit}, median": int(np.median(lengths)),
+            f"tokens per {unit}, longest": int(lengths.max()), "sha256": digest.hexdigest()}, found
 
 
-def write_splits(work, chunks, train, val, num_proc):
-    """Write val.bin and train.bin to the folder `work`. Returns the statistics, a dict."""
+def write_splits(work, chunks, train, val, num_proc, unit):
+    """Write val.bin and train.bin to the folder `work`. Returns the statistics, a dict, in which
+    the rows of `chunks` are called `unit`."""
     lengths = np.concatenate([np.diff(offsets(chunk)) for chunk in chunks]) // TOKEN.itemsize
     sample_rows = val[:OVERLAP_ROWS]
     end = cut(lengths[sample_rows], OVERLAP_TOKENS)[1]
@@ -548,11 +635,11 @@ def write_splits(work, chunks, train, val, num_proc):
     known, stats = sample.unique(), {}
     # threads, since Arrow and numpy release the GIL; no more than 8, as each takes 0.1 GB
     with concurrent.futures.ThreadPoolExecutor(min(num_proc, 8)) as pool:
-        stats["val"], _ = write(work / "val.bin", chunks, val, lengths[val], known, pool)
+        stats["val"], _ = write(work / "val.bin", chunks, val, lengths[val], known, pool, unit)
         stats["train"], found = write(work / "train.bin", chunks, train, lengths[train], known,
-                                      pool)
+                                      pool, unit)
     overlap = found[pc.index_in(sample, known)].mean()
-    return stats | {"validation rows that also occur in the training split":
+    return stats | {f"validation {unit}s that also occur in the training split":
                     f"{overlap:.1%} of {len(sample):,} (exact match)"}
 
 
@@ -597,10 +684,11 @@ def update_readme(new, block):
 def prepare(flags, files, origin, work):
     """Load, split, tokenize and write. Returns the content of stats.json, a dict."""
     started = time.perf_counter()
-    rows = load_files(files, work) if files else load_from_hub(flags.source, work)
-    sizes = row_sizes(rows)
+    unit = "document" if flags.document_column or flags.rows_per_document > 1 else "row"
+    rows = load(flags, files, work)
+    sizes = row_sizes(rows, unit)
     if len(sizes) < 2:
-        raise ValueError(f"{len(sizes)} rows found; each split needs at least one")
+        raise ValueError(f"{unit}s found: {len(sizes)}; each split needs at least one")
     text_bytes = int(sizes.sum(dtype=np.int64))
     # for BookCorpus, tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text
     if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
@@ -617,7 +705,8 @@ def prepare(flags, files, origin, work):
         num_proc=flags.num_proc, remove_columns=["first", "last"], new_fingerprint="tokens",
         writer_batch_size=1 << 30, cache_file_name=str(work / "tokens.arrow"),
         load_from_cache_file=False, desc="Tokenizing")
-    stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc)
+    stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc,
+                         unit)
     count = stats["train"]["tokens"] + stats["val"]["tokens"]
     stats |= {"bytes of text per token": round(text_bytes / count, 3),
               "seconds": round(time.perf_counter() - started, 1), "origin": origin}
@@ -687,7 +776,9 @@ def main():
         files = find_files(flags.source)
         origin = {"source": os.path.abspath(flags.source) if files else flags.source,
                   "size": sum(map(os.path.getsize, files)),  # bytes on disk
-                  "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle}
+                  "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle,
+                  "rows_per_document": flags.rows_per_document,
+                  "document_column": flags.document_column}
         if not flags.overwrite:
             refuse_to_replace(flags.out_dir, origin)
         folder.mkdir(parents=True, exist_ok=True)
