@@ -342,10 +342,11 @@ def join_rows(batches, rows_per_document):
     parts = []  # the rows so far of the last document, which can continue in the next batch
     for text, *keys in batches:
         starts = np.arange(-n_rows % rows_per_document, len(text), rows_per_document)
-        for array in keys if len(text) else []:
-            is_new = pc.not_equal(array[1:], array[:-1]).to_numpy(zero_copy_only=False)
-            starts = np.flatnonzero([array[0].as_py() != last_key, *is_new])
-            last_key = array[-1].as_py()
+        if keys and len(text):
+            key = keys[0]
+            is_new = pc.not_equal(key[1:], key[:-1]).to_numpy(zero_copy_only=False)
+            starts = np.flatnonzero(np.append(key[0].as_py() != last_key, is_new))
+            last_key = key[-1].as_py()
         n_rows += len(text)
         if len(starts):
             parts.append(text[:starts[0]])
@@ -363,16 +364,17 @@ def write_text(texts, path):
     schema = pa.schema([("text", pa.large_string())])
 
     def record_batch():
-        return pa.record_batch([pa.concat_arrays(parts)], schema=schema)
+        text = parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
+        return pa.record_batch([text], schema=schema)
 
     with pa.ipc.new_stream(path, schema) as out:
-        parts, size = [], 0  # small arrays become one record batch
+        parts, size = [], 0  # small arrays are written together
         for text in texts:
-            parts.append(text)
-            size += text.nbytes
-            if size > BLOCK_BYTES:
+            if parts and size + text.nbytes > BLOCK_BYTES:
                 out.write_batch(record_batch())
                 parts, size = [], 0
+            parts.append(text)
+            size += text.nbytes
         if parts:
             out.write_batch(record_batch())
     return datasets.Dataset.from_file(path)
