@@ -39,7 +39,7 @@ def test_prepare_commands(monkeypatch, tmp_path):
     n_tokens = [(tmp_path / "sample" / f"{name}.bin").stat().st_size // 2
                 for name in ("train", "val")]
     assert f"`| tokens | {n_tokens[0]:,} | {n_tokens[1]:,} |`" in README
-    summary = re.search(r"(?s)```text\n(.*?)- seconds", README)[1]
+    summary = re.search(r"(?s)```text\n(.*?)```", README)[1]
     assert ended.stdout.startswith(summary), "the README shows another summary"
     body = write_parquet(tmp_path / "rows.parquet", SENTENCES).read_bytes()
     with serve({"data/train-00000-of-00001.parquet": body}) as hub:

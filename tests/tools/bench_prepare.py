@@ -31,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from common import PREPARE, SENTENCES, child_processes, gpt2, row_bytes  # noqa: E402
 
 # stage: the text of its progress bar
-STAGES = {"load": b"Generating", "split and tokenize": b"Tokenizing", "write": b"Writing"}
+STAGES = {"load": b"Reading", "split and tokenize": b"Tokenizing", "write": b"Writing"}
 
 
 def make_corpus(path, n):
@@ -125,30 +125,34 @@ def run_prepare(flags, work):
 
 
 def compare_with_oracle(files, out, origin, limit):
-    """Compare up to `limit` rows of each split with the oracle. Returns the number of rows."""
-    n = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
+    """Compare up to `limit` documents of each split with the oracle. Returns their number."""
+    n_rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
+    rows_per_document = origin["rows_per_document"]
+    n = math.ceil(n_rows / rows_per_document)
     n_val = math.ceil(origin["test_size"] * n)
     order = np.roll(np.arange(n), n_val)
     if origin["shuffle"]:
         order = np.random.default_rng(origin["seed"]).permutation(n)
-    found = {}  # row number in the corpus: its bytes in train.bin or val.bin
-    for name, rows in ("val", order[:n_val]), ("train", order[n_val:]):
+    found = {}  # number of the document in the corpus: its bytes in train.bin or val.bin
+    for name, numbers in ("val", order[:n_val]), ("train", order[n_val:]):
         ids = np.memmap(out / f"{name}.bin", "<u2", "r")
         bounds = np.append(0, np.flatnonzero(ids == 50256) + 1)
-        assert len(bounds) - 1 == len(rows), f"{name}.bin has {len(bounds) - 1:,} rows"
+        assert len(bounds) - 1 == len(numbers), f"{name}.bin has {len(bounds) - 1:,} documents"
         assert bounds[-1] == len(ids), f"{name}.bin does not end with 50256"
-        for i in np.random.default_rng(1).choice(len(rows), min(limit, len(rows)), replace=False):
-            found[int(rows[i])] = ids[bounds[i]:bounds[i + 1]].tobytes()
-    first = compared = 0
+        chosen = np.random.default_rng(1).choice(len(numbers), min(limit, len(numbers)), False)
+        for i in chosen:
+            found[int(numbers[i])] = ids[bounds[i]:bounds[i + 1]].tobytes()
+    texts, first = {number: [] for number in found}, 0
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(columns=["text"]):
-            rows = [row for row in range(len(batch)) if first + row in found]
-            texts = batch["text"].take(pa.array(rows, pa.int64())).to_pylist()
-            for row, text in zip(rows, texts):
-                assert found[first + row] == row_bytes(text), f"row {first + row:,}: {text!r}"
-            first, compared = first + len(batch), compared + len(rows)
-    assert compared == len(found)
-    return compared
+            numbers = np.arange(first, first + len(batch)) // rows_per_document
+            rows = [row for row, number in enumerate(numbers.tolist()) if number in found]
+            for row, text in zip(rows, batch["text"].take(pa.array(rows, pa.int64())).to_pylist()):
+                texts[int(numbers[row])].append(text)
+            first += len(batch)
+    for number, rows in texts.items():
+        assert found[number] == row_bytes(" ".join(rows)), f"document {number:,} differs"
+    return len(found)
 
 
 def main():
@@ -159,6 +163,7 @@ def main():
                         help="size of the corpus that is made if there is no --source")
     parser.add_argument("--num_proc", type=int, default=2, help="number of processes")
     parser.add_argument("--shuffle", default="True", help="--shuffle of prepare.py")
+    parser.add_argument("--rows_per_document", type=int, default=1, help="of prepare.py")
     parser.add_argument("--tmp", help="folder for temporary files: needs twice the size of the text"
                                       " and 2.5 times that of train.bin and val.bin")
     flags = parser.parse_args()
@@ -170,12 +175,13 @@ def main():
         files = sorted(glob.glob(f"{source}/*.parquet" if os.path.isdir(source) else source))
         tiktoken_seconds = time_tiktoken(files, flags.num_proc)
         stages, peak_disk = run_prepare([
-            f"--source={source}", f"--num_proc={flags.num_proc}", f"--shuffle={flags.shuffle}"],
-            work)
+            f"--source={source}", f"--num_proc={flags.num_proc}", f"--shuffle={flags.shuffle}",
+            f"--rows_per_document={flags.rows_per_document}"], work)
         stats = json.loads((work / "out" / "stats.json").read_text())
         seconds, peaks = zip(*stages.values())
-        rows, size = (stats["train"][key] + stats["val"][key] for key in ("rows", "bytes"))
-        print(f"\n{rows:,} rows, {flags.num_proc} processes\n")
+        size = stats["train"]["bytes"] + stats["val"]["bytes"]
+        n_rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
+        print(f"\n{n_rows:,} rows, {flags.num_proc} processes\n")
         print("| stage | seconds | peak memory, GB |\n| --- | ---: | ---: |")
         for stage, (time_taken, peak) in stages.items():
             print(f"| {stage} | {time_taken:.1f} | {peak / 1e9:.2f} |")
@@ -185,9 +191,11 @@ def main():
         print(f"disk space: {peak_disk / size:.2f} times the size of train.bin and val.bin at the"
               f" peak, {disk_space(work / 'out') / size:.2f} times after the run;"
               f" {disk_space(work / 'hf') / 1e9:.2f} GB in the cache of datasets")
-        compared = compare_with_oracle(files, work / "out", stats["origin"],
-                                       rows if rows <= 10_000_000 else 500_000)
-        print(f"{compared:,} rows compared with the oracle: equal")
+        # all rows of a small corpus
+        limit = (n_rows if n_rows <= 10_000_000 else 500_000) // flags.rows_per_document + 1
+        compared = compare_with_oracle(files, work / "out", stats["origin"], limit)
+        unit = "rows" if flags.rows_per_document == 1 else "documents"
+        print(f"{compared:,} {unit} compared with the oracle: equal")
 
 
 if __name__ == "__main__":
