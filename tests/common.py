@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import pathlib
 import random
@@ -137,6 +138,10 @@ def run_as_main(arguments, before, folder):
 # A server with the libraries imported, from which runs are forked: training two layers takes 0.5 s
 # instead of 3.6 s, preparing the sample 0.4 s instead of 1.1 s.
 FORKSERVER = multiprocessing.get_context("forkserver")
+if len(tempfile.gettempdir()) > 70:  # the path of its socket has at most 107 bytes
+    long_folder, tempfile.tempdir = tempfile.gettempdir(), "/tmp"
+    multiprocessing.util.get_temp_dir()
+    tempfile.tempdir = long_folder
 FORKSERVER.set_forkserver_preload(["datasets", "torch._dynamo", "torch.distributed.nn",
                                    "matplotlib.backends.backend_agg", "tiktoken.load"])
 

@@ -506,10 +506,10 @@ def test_two_runs_at_once(start_until, refused, corpus, tmp_path):
 def run_with_pool(folder, code):
     """Run `code` in a process that is set up like prepare.py."""
     (folder / ".prepare").mkdir()
-    code = ("import os, pathlib, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
+    code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
             "import prepare, multiprocess\n"
             "multiprocess.util.register_after_fork(prepare.start_worker, prepare.start_worker)\n"
-            "prepare.set_up_processes(pathlib.Path(sys.argv[2]))\n") + code
+            "prepare.set_up_processes([sys.argv[2]])\n") + code
     ended = subprocess.run([sys.executable, "-c", code, PREPARE.parent, folder / ".prepare"],
                            capture_output=True, text=True, timeout=100)
     assert (ended.returncode, ended.stderr) == (0, "")

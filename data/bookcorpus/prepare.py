@@ -744,18 +744,24 @@ def start_worker(_):
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def set_up_processes(folder):
-    """Install Pool, and a handler of Ctrl-C and SIGTERM that removes temporary files and exits."""
+def socket_folder():
+    """A temporary folder in which multiprocess creates its sockets. Their paths have at most 103
+    bytes."""
     if len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp"):
-        tempfile.tempdir = "/tmp"  # the path of a socket has at most 103 bytes
-    main_process, sockets = os.getpid(), multiprocess.util.get_temp_dir()
+        tempfile.tempdir = "/tmp"
+    return multiprocess.util.get_temp_dir()
+
+
+def set_up_processes(folders):
+    """Install Pool, and a handler of Ctrl-C and SIGTERM that removes `folders` and exits."""
+    main_process = os.getpid()
 
     def stop(number, frame):
         if os.getpid() == main_process:  # not in a worker process that has just been forked
             for worker in multiprocess.active_children():
                 worker.kill()
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(sockets, ignore_errors=True)
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
         os._exit(128 + number)
 
     for number in signal.SIGINT, signal.SIGTERM:
@@ -785,7 +791,8 @@ def main():
             refuse_to_replace(flags.out_dir, origin)
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", blocking=False):
-            set_up_processes(folder)
+            temporary_folders = [folder, socket_folder()]
+            set_up_processes(temporary_folders)
             try:
                 shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
                 (folder / "work").mkdir()
@@ -793,7 +800,8 @@ def main():
                 gpt2()  # before anything slow, and shared with forked workers
                 stats = prepare(flags, files, origin, folder / "work")
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                for temporary in temporary_folders:
+                    shutil.rmtree(temporary, ignore_errors=True)
     except filelock.Timeout:
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
