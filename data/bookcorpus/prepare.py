@@ -744,12 +744,13 @@ def start_worker(_):
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def socket_folder():
-    """A temporary folder in which multiprocess creates its sockets. Their paths have at most 103
-    bytes."""
-    if len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp"):
-        tempfile.tempdir = "/tmp"
-    return multiprocess.util.get_temp_dir()
+def make_socket_folder():
+    """Make a temporary folder for the sockets of multiprocess. Their paths have at most 103 bytes.
+    """
+    is_long = len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp")
+    folder = tempfile.mkdtemp(prefix="prepare-", dir="/tmp" if is_long else None)
+    multiprocess.current_process()._config["tempdir"] = folder  # multiprocess.util.get_temp_dir()
+    return folder
 
 
 def set_up_processes(folders):
@@ -791,7 +792,7 @@ def main():
             refuse_to_replace(flags.out_dir, origin)
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", blocking=False):
-            temporary_folders = [folder, socket_folder()]
+            temporary_folders = [folder, make_socket_folder()]
             set_up_processes(temporary_folders)
             try:
                 shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
