@@ -602,7 +602,8 @@ def books(ending, path):
                 csv.writer(out).writerows([table.column_names, *zip(part_keys, rows)])
         elif ending in ("json", "jsonl"):
             lines = map(json.dumps, table.to_pylist())
-            file.write_text("\n".join(lines) if ending == "jsonl" else f"[{','.join(lines)}]")
+            file.write_text("\n" + "\n".join(lines) if ending == "jsonl" else
+                            f"[{','.join(lines)}]")
         elif ending == "parquet":
             strings = pa.array(map(str, part_keys)).dictionary_encode()
             pq.write_table(table.set_column(0, "book", strings), file)
@@ -653,6 +654,11 @@ def test_long_document(prepare, tmp_path):
      "the book of row 1 (counted from 0) is missing or null"),
     ("rows.jsonl", text(b'{"text": "a", "book": 1}\n{"text": "b", "book": "1"}\n'),
      "--document_column=book", "changed from number to string"),
+    ("one_line.jsonl", text(b'\n"text"\n'), "--document_column=book",
+     "changed from object to string in row 0"),
+    ("dictionary.arrow", arrow(text=["a", "b"], book=pa.DictionaryArray.from_arrays(
+        pa.array([0, 1]), pa.array([1, None]))), "--document_column=book",
+     "the book of row 1 (counted from 0) is missing or null"),
     ("null.parquet", table(text=["a", "b"], book=[1, None]), "--document_column=book",
      "the book of row 1 (counted from 0) is missing or null"),
     ("floats.parquet", table(text=["a", "b"], book=[0.5, 1.0]), "--document_column=book",
@@ -881,6 +887,7 @@ def test_one_bad_file_of_four(refused, tmp_path, ending):
     ("--shuffle=perhaps", "argument --shuffle: 'perhaps' is not True or False"),
     ("--sed=3", "unrecognized arguments: --sed=3"), ("stray", "stray"),
     ("--seed", "expected one argument"),
+    ("--document_column=text", "the column of the text itself"),
     ("--rows_per_document=0", "--rows_per_document=0 is out of range")])
 def test_bad_flags(monkeypatch, capsys, flag, message):
     monkeypatch.setattr(sys, "argv", ["prepare.py", flag])

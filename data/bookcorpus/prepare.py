@@ -94,6 +94,8 @@ def parse_flags():
                         ("num_proc", flags.num_proc >= 1)):
         if not valid:
             parser.error(f"--{name}={getattr(flags, name)} is out of range")
+    if flags.document_column == "text":
+        parser.error("--document_column=text is the column of the text itself")
     if flags.document_column and flags.rows_per_document > 1:
         parser.error("--rows_per_document and --document_column cannot be used together")
     return flags
@@ -150,13 +152,17 @@ def read_json(stream, columns):
     if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         records = json.loads(stream.read())
         stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
-    types = dict.fromkeys(columns, pa.string())
+    types, keys = dict.fromkeys(columns, pa.string()), columns[1:]
     while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
         if block.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
             raise ValueError("null is not an object")  # pyarrow 25 crashes if a block starts so
-        for name in columns[1:]:  # --document_column: integers or strings, as in the first line
-            value = json.loads(block.removeprefix(codecs.BOM_UTF8).splitlines()[0]).get(name)
-            types[name] = pa.int64() if isinstance(value, int) else pa.string()
+        first_line = block.removeprefix(codecs.BOM_UTF8).lstrip().split(b"\n")[0]
+        if keys and first_line:  # --document_column has integers or strings, as in the first row
+            first, _ = json.JSONDecoder().raw_decode(first_line.decode())
+            for name in keys:
+                is_integer = isinstance(first, dict) and type(first.get(name)) is int
+                types[name] = pa.int64() if is_integer else pa.string()
+            keys = []
         rows = pj.read_json(
             pa.BufferReader(block), pj.ReadOptions(block_size=len(block)),
             pj.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"))
@@ -278,10 +284,11 @@ def get_columns(batch, columns, first_row):
     arrays = []
     for name in columns:
         array = batch[name]
-        values = array.dictionary if isinstance(array, pa.DictionaryArray) else array
-        if str(values.type) in ("string", "large_string", "string_view"):
+        if isinstance(array, pa.DictionaryArray):
+            array = array.dictionary_decode()
+        if str(array.type) in ("string", "large_string", "string_view"):
             array = array.cast(pa.large_string())
-        elif name == "text" or not pa.types.is_integer(values.type):
+        elif name == "text" or not pa.types.is_integer(array.type):
             expected = "strings" if name == "text" else "strings or integers"
             raise ValueError(f"expected a column {name!r} of {expected}, got {array.type}")
         if array.null_count:
@@ -309,14 +316,15 @@ def read_file(path, columns, bar):
                     stream = io.BytesIO(decompressed.read())
             for batch in FORMATS[ending](stream, columns):
                 arrays = get_columns(batch, columns, n_rows)
-                arrays[0].validate(full=True)  # UTF-8
+                for array in arrays:
+                    array.validate(full=True)  # UTF-8
                 yield arrays
                 n_rows += len(batch)
                 bar.update(start + file.tell() - bar.n)
             bar.update(start + os.path.getsize(path) - bar.n)
     except Exception as error:
         after = f" (after {n_rows:,} rows)" if n_rows else ""
-        raise ValueError(f"{path}: {error}{after}") from error
+        raise ValueError(f"{path}: {str(error) or repr(error)}{after}") from error
 
 
 def read_files(files, columns):
@@ -334,27 +342,32 @@ def join_rows(batches, rows_per_document):
     is `rows_per_document` consecutive rows, or consecutive rows with the same key; batches can end
     anywhere. Yields pa.LargeStringArrays of documents.
     """
-    def join(rows, starts):
-        documents = pa.ListArray.from_arrays(pa.array([*starts, len(rows)], pa.int32()), rows)
+    def join(rows, first_rows):
+        documents = pa.ListArray.from_arrays(pa.array([*first_rows, len(rows)], pa.int32()), rows)
         return pc.binary_join(documents, pa.scalar(" ", pa.large_string()))
 
     n_rows, last_key = 0, None
-    parts = []  # the rows so far of the last document, which can continue in the next batch
+    parts, size = [], 0  # the last document so far, which can continue in the next batch
     for text, *keys in batches:
-        starts = np.arange(-n_rows % rows_per_document, len(text), rows_per_document)
         if keys and len(text):
             key = keys[0]
             is_new = pc.not_equal(key[1:], key[:-1]).to_numpy(zero_copy_only=False)
-            starts = np.flatnonzero(np.append(key[0].as_py() != last_key, is_new))
+            first_rows = np.flatnonzero(np.append(key[0].as_py() != last_key, is_new))
             last_key = key[-1].as_py()
+        else:
+            first_rows = np.arange(-n_rows % rows_per_document, len(text), rows_per_document)
+        if len(first_rows):
+            first, last = first_rows[0], first_rows[-1]
+            if n_rows or first:
+                yield join(pa.concat_arrays([*parts, text[:first]]), [0])
+            yield join(text[first:last], first_rows[:-1] - first)  # the complete documents
+            parts, size = [text[last:]], text[last:].nbytes
+        else:
+            parts.append(text)
+            size += text.nbytes
+        if size > 2 * ROW_BYTES:  # with the offsets; the exact size is checked later
+            raise ValueError(f"a document has more than {ROW_BYTES:,} bytes")
         n_rows += len(text)
-        if len(starts):
-            parts.append(text[:starts[0]])
-            if sum(map(len, parts)):
-                yield join(pa.concat_arrays(parts), [0])
-            yield join(text[starts[0]:starts[-1]], starts[:-1] - starts[0])
-            text, parts = text[starts[-1]:], []
-        parts.append(text)
     if n_rows:
         yield join(pa.concat_arrays(parts), [0])
 
@@ -362,21 +375,19 @@ def join_rows(batches, rows_per_document):
 def write_text(texts, path):
     """Write pa.LargeStringArrays to the Arrow file `path`. Returns it as a Dataset."""
     schema = pa.schema([("text", pa.large_string())])
-
-    def record_batch():
-        text = parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
-        return pa.record_batch([text], schema=schema)
-
     with pa.ipc.new_stream(path, schema) as out:
-        parts, size = [], 0  # small arrays are written together
+        def write(parts):
+            text = pa.chunked_array(parts, pa.large_string())
+            out.write_table(pa.table([text], schema).combine_chunks())
+
+        parts, size = [], 0  # small arrays are written as one record batch
         for text in texts:
-            if parts and size + text.nbytes > BLOCK_BYTES:
-                out.write_batch(record_batch())
+            if size + text.nbytes > BLOCK_BYTES:
+                write(parts)
                 parts, size = [], 0
             parts.append(text)
             size += text.nbytes
-        if parts:
-            out.write_batch(record_batch())
+        write(parts)
     return datasets.Dataset.from_file(path)
 
 
@@ -408,22 +419,21 @@ def read_dataset(rows, columns):
         first_row += len(batch)
 
 
-def load(flags, files, work):
+def load(flags, files, is_joined, work):
     """Load the rows of `files`, or of a dataset on the Hub, and join those of each document.
     Returns a Dataset with the column `text`."""
     columns = ["text", flags.document_column] if flags.document_column else ["text"]
-    is_joined = flags.document_column or flags.rows_per_document > 1
     if files:
         batches = read_files(files, columns)
     else:
         rows = load_from_hub(flags.source, columns, work)
-        if not is_joined:
-            return rows
         batches = read_dataset(rows, columns)
     if is_joined:
         texts = join_rows(batches, flags.rows_per_document)
-    else:
+    elif files:
         texts = (text for text, in batches)
+    else:
+        return rows
     return write_text(texts, str(work / "text.arrow"))
 
 
@@ -433,7 +443,7 @@ def refuse_to_replace(out_dir, origin):
         return
     try:
         made_from = dict(json.loads((out_dir / "stats.json").read_text())["origin"])
-        changes = [f"{key}: {made_from.get(key)}, now {origin[key]}" for key in origin
+        changes = [f"{key}: {made_from.get(key)!r}, now {origin[key]!r}" for key in origin
                    if made_from.get(key) != origin[key]]
     except (OSError, ValueError, LookupError, TypeError):
         changes = ["unknown data"]
@@ -686,8 +696,9 @@ def update_readme(new, block):
 def prepare(flags, files, origin, work):
     """Load, split, tokenize and write. Returns the content of stats.json, a dict."""
     started = time.perf_counter()
-    unit = "document" if flags.document_column or flags.rows_per_document > 1 else "row"
-    rows = load(flags, files, work)
+    is_joined = bool(flags.document_column) or flags.rows_per_document > 1
+    unit = "document" if is_joined else "row"
+    rows = load(flags, files, is_joined, work)
     sizes = row_sizes(rows, unit)
     if len(sizes) < 2:
         raise ValueError(f"{unit}s found: {len(sizes)}; each split needs at least one")
@@ -792,9 +803,10 @@ def main():
             refuse_to_replace(flags.out_dir, origin)
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", blocking=False):
-            temporary_folders = [folder, make_socket_folder()]
-            set_up_processes(temporary_folders)
+            temporary_folders = [folder]
             try:
+                temporary_folders.append(make_socket_folder())
+                set_up_processes(temporary_folders)
                 shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
                 (folder / "work").mkdir()
                 use_installed_vocabulary(folder / "work" / "vocabulary")
@@ -807,7 +819,7 @@ def main():
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
         text = message(error)
-        if flags.source not in text:
+        if not text.startswith(flags.source):
             text = f"{flags.source}: {text}"
         if isinstance(error, OSError) and not error.errno:  # of the Hub, not of the system
             text += " (for a local copy: --source=PATH)"
