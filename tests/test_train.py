@@ -1,10 +1,12 @@
 """train.py, and its model compared with other implementations of GPT-2."""
 import argparse
+import contextlib
 import io
 import json
 import math
 import os
 import pathlib
+import pty
 import re
 import shlex
 import shutil
@@ -183,18 +185,54 @@ def test_learning_rate_schedule():
     assert module.get_lr(0, config) == module.get_lr(500, config) == 1.0
 
 
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_default_dtype_on_cuda(monkeypatch):
-    """float16 on older GPUs, where bfloat16 is emulated and slow."""
+@pytest.fixture
+def fake_gpus(monkeypatch):
+    """Two GPUs of the generation V100, for init_device."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_defaults_on_cuda(monkeypatch, fake_gpus):
+    """float16 on older GPUs, where bfloat16 is emulated and slow; no compilation without Triton."""
     for native in False, True:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True: including_emulation or native)
         config = module.Config(device="cuda:0")
         module.init_device(config)
         assert config.dtype == ("bfloat16" if native else "float16")
+    for capability in (6, 1), (7, 0), (12, 0):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        config = module.Config(device="cuda:0")
+        module.init_device(config)
+        assert config.compile == (capability != (6, 1))
+    monkeypatch.delattr(torch, "autocast")  # which warns about float32
+    _, ctx = module.init_device(module.Config(device="cuda:0", dtype="float32"))
+    assert isinstance(ctx, contextlib.nullcontext)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_gpu_of_each_process(monkeypatch, fake_gpus):
+    """That of LOCAL_RANK, else RANK modulo the number of GPUs, whatever --device says."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert module.init_device(module.Config(device="cuda:1"))[0] == torch.device("cuda:1")
+    assert module.init_device(module.Config(device="cuda"))[0] == torch.device("cuda:0")
+    monkeypatch.setattr(module, "WORLD_SIZE", 4)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    for rank in range(4):
+        monkeypatch.setattr(module, "RANK", rank)
+        for device in "cuda", "cuda:1":
+            found, _ = module.init_device(module.Config(device=device))
+            assert found == torch.device("cuda", rank % 2)
+    for local_rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        for device in "cuda", "cuda:1":
+            found, _ = module.init_device(module.Config(device=device))
+            assert found == torch.device("cuda", local_rank)
 
 
 def test_gpt2_weights_against_transformers(tmp_path):
@@ -646,7 +684,12 @@ def test_infinite_loss_in_float16(train, tmp_path):
         scales.append(checkpoint_in(tmp_path / "out")["scaler"]["scale"])
         steps_done = checkpoint_in(tmp_path / "out")["optimizer"]["state"][0]["step"].item()
         assert steps_done == 3, "one of four updates is skipped"
+        assert ended.stderr == "", "the picture is drawn"
     assert scales == [32768.0, 32768.0]
+    records = [json.loads(line, parse_constant=pytest.fail) for line in
+               (tmp_path / "out" / "log.jsonl").read_text().splitlines() if line]
+    assert [record["iter"] for record in records if record.get("loss", 0) is None] == [1]
+    assert [record["iter"] for record in records if record.get("grad_norm", 0) is None] == [1]
     ended = train(*flags[:1], "--max_iters=100",
                   before=INFINITE_LOSS.replace("{calls}", "range(3, 1000)"))
     assert ended.returncode == 1 and re.match("train.py: loss inf at iter", ended.stderr)
@@ -675,6 +718,27 @@ dist.all_reduce = count
     # one per split and evaluation, at the first iteration and at the end; then one per second
     assert 6 <= ended.stdout.count("all_reduce") <= 8 + 2 * (time.monotonic() - start)
     assert same_state(alone, checkpoint_in(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("in_job", [False, True])
+def test_fault_of_ours(train, in_job):
+    """It has a traceback. A process of a job ends without waiting for the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test") if in_job else {}
+    ended = train("--max_iters=1", before=f"""
+import multiprocessing.util, os, torch
+os.environ |= {variables}
+multiprocessing.util.Finalize(None, print, ["the usual exit"], exitpriority=0)
+def step(self, *arguments):
+    raise ZeroDivisionError("a fault")
+torch.optim.AdamW.step = step
+""")
+    assert ended.returncode == 1 and "Traceback" in ended.stderr
+    assert ended.stderr.endswith("ZeroDivisionError: a fault\n")
+    assert ("the usual exit" in ended.stdout) != in_job
 
 
 # training ------------------------------------------------------------------
@@ -819,10 +883,95 @@ def test_stopped_during_an_evaluation(train, start_train, tmp_path):
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 5
 
 
+def test_stopped_during_an_iteration(train, start_train, tmp_path):
+    """The iteration, here of a second, is not finished. The resumed run repeats it exactly."""
+    flags = ("--gradient_accumulation_steps=400", "--max_iters=2", "--dropout=0.1",
+             "--optimizer=muon")
+    assert train(*flags).returncode == 0
+    shutil.move(tmp_path / "out", tmp_path / "whole")
+    process = start_train(*flags)
+    next(line for line in process.stdout if line.startswith("iter 0"))
+    process.send_signal(signal.SIGTERM)
+    ended = finish(process)
+    assert (ended.returncode, ended.stderr) == (143, "") and "iter 1" not in ended.stdout
+    assert checkpoint_in(tmp_path / "out")["iter_num"] == 1
+    assert train(*flags, "--init_from=resume").returncode == 0
+    whole, parts = checkpoint_in(tmp_path / "whole"), checkpoint_in(tmp_path / "out")
+    assert whole["iter_num"] == parts["iter_num"] == 3 and same_state(whole, parts)
+    logs = [{record["iter"]: record["loss"] for record in module.read_log(
+        tmp_path / name / "log.jsonl") if "loss" in record} for name in ("whole", "out")]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+
+
+@pytest.mark.parametrize("flags", [
+    ["--eval_only=True"], ["--gradient_accumulation_steps=100000"]], ids=str)
+def test_nothing_saved(start_train, tmp_path, flags):
+    """The last line does not say that the run can be resumed."""
+    process = start_train(*flags)
+    next(line for line in process.stdout if line.startswith("step 0"))
+    process.send_signal(signal.SIGINT)
+    *_, line = finish(process).stdout.splitlines()
+    assert line.endswith(", no checkpoint was saved")
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_closed_terminal(start, dataset, tmp_path):
+    """A checkpoint is saved, although nothing can be printed any more."""
+    terminal, other_end = pty.openpty()
+    process = start(TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY, before=(
+        f"import os; tty = os.open({os.ttyname(other_end)!r}, os.O_RDWR)\n"
+        "for number in range(3): os.dup2(tty, number)"))
+    text = b""
+    while b"iter 3: " not in text:
+        text += os.read(terminal, 1000)
+    os.close(terminal)
+    os.close(other_end)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert checkpoint_in(tmp_path / "out")["iter_num"] >= 4
+    assert (tmp_path / "out" / "loss.png").exists()
+
+
+def test_nohup(start_train, tmp_path):
+    process = start_train("--max_iters=300", "--eval_interval=1000", before=(
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"))
+    next(line for line in process.stdout if line.startswith("iter "))
+    process.send_signal(signal.SIGHUP)
+    ended = finish(process)
+    assert ended.returncode == 0 and checkpoint_in(tmp_path / "out")["iter_num"] == 301
+
+
+def test_evaluation_does_not_wait_for_each_batch(dataset):
+    """On a GPU, reading a loss waits until it is computed."""
+    events = []
+
+    class Loss:
+        def item(self):
+            events.append("read")
+            return 2.0
+
+    class Model:
+        config = module.GPTConfig(block_size=16)
+        eval = train = lambda self: None
+
+        def __call__(self, x, y):
+            events.append("forward")
+            return None, Loss()
+
+    config = module.Config(block_size=16, batch_size=4, eval_iters=3)
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(open(dataset / f"{split}.bin", "rb"))
+                 for split in ("train", "val")}
+        found = module.estimate_loss(Model(), files, config, contextlib.nullcontext(),
+                                     torch.device("cpu"))
+    assert found == {"train": 2.0, "val": 2.0}
+    assert events == 2 * (3 * ["forward"] + 3 * ["read"])
+
+
 def test_second_ctrl_c(start_train):
     """It ends a process that has not stopped after the first one."""
-    process = start_train("--gradient_accumulation_steps=100000")
-    next(line for line in process.stdout if line.startswith("step 0"))
+    process = start_train(before=(
+        "import time, torch; torch.save = lambda *arguments: time.sleep(60)"))
+    next(line for line in process.stdout if line.startswith("iter 1:"))
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
@@ -833,8 +982,9 @@ def test_second_ctrl_c(start_train):
 
 def test_second_sigterm(start_train, tmp_path):
     """torchrun may send SIGTERM twice. The checkpoint is still written."""
-    flags = "--eval_interval=1000000", "--gradient_accumulation_steps=100"  # an iteration takes 1 s
-    process = start_train(*flags)
+    process = start_train("--eval_interval=1000000", before=(  # and writing takes a second
+        "import time, torch; save = torch.save\n"
+        "torch.save = lambda *arguments: (time.sleep(1), save(*arguments))"))
     next(line for line in process.stdout if line.startswith("iter 0"))
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)  # or the kernel may merge the two signals
@@ -1097,6 +1247,7 @@ def test_padding_of_the_vocabulary_is_not_sampled():
     ("--n_heads=2", "unrecognized arguments: --n_heads=2"),
     ("--batch_size=many", "--batch_size: invalid positive_int value: 'many'"),
     ("--learning_rate=fast", "--learning_rate: invalid nonnegative_float value: 'fast'"),
+    ("--start hello", "--start: expected one argument"),
     ("--compile=yes", "--compile: invalid boolean value: 'yes'"),
     ("--batch_size=1.5", "--batch_size: invalid positive_int value: '1.5'"),
     ("--n_head=3", "not a multiple of --n_head=3"),
@@ -1109,7 +1260,7 @@ def test_padding_of_the_vocabulary_is_not_sampled():
     ("--optimizer=sgd", "--optimizer: invalid choice: 'sgd'")])
 def test_bad_flags(capsys, flag, message):
     with pytest.raises(SystemExit) as ended:
-        module.parse_flags([*TINY, flag])
+        module.parse_flags([*TINY, *flag.split()])
     output, errors = capsys.readouterr()
     assert (ended.value.code, output) == (2, "") and errors.count("\n") == 1
     assert errors.startswith("train.py: ") and message in errors
@@ -1122,7 +1273,7 @@ def test_boundary_values_of_flags_are_accepted():
     assert given == {flag[2:].split("=")[0] for flag in flags}
     assert (config.batch_size, config.decay_lr, config.start, config.bias) == (1, False, "", False)
     assert config.max_iters == 10000
-    config, _ = module.parse_flags(["--start", "hello", f"--seed={2**60 + 1}"])
+    config, _ = module.parse_flags(["--start=hello", f"--seed={2**60 + 1}"])
     assert (config.start, config.seed) == ("hello", 2**60 + 1)
 
 
@@ -1134,7 +1285,7 @@ def test_boundary_values_of_flags_are_accepted():
     ("stray", 1, "stray: not a valid config file"),
     ("--dataset=nothing/here", 1, "prepare.py"), ("--sample=True", 1, "checkpoint missing"),
     ("--export=folder", 1, "checkpoint missing"),
-    ("--optimizer=muon --dtype=float16", 1, "not supported with --dtype=float16")])
+    ("--init_from=gpt5 --optimizer=muon --dtype=float16", 1, "use --dtype=float32")])
 def test_bad_requests(refused, dataset, tmp_path, flag, status, message):
     if flag == "--device=cuda" and torch.cuda.is_available():
         pytest.skip("has a GPU")
