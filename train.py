@@ -821,8 +821,9 @@ def train(config, given):
         if due and not stopped:
             train_loss, val_loss = losses["train"], losses["val"]
             print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+            mfu_percent = None if mfu is None else 100 * mfu
             log(config, {"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss,
-                         "lr": lr, "mfu": None if mfu is None else 100 * mfu})
+                         "lr": lr, "mfu": mfu_percent})
             check_loss(val_loss, iter_num, scaler)
             improved = val_loss < best_val_loss
             best_val_loss = min(best_val_loss, val_loss)
@@ -845,7 +846,7 @@ def train(config, given):
         # step: forward and backward passes of this process's micro-batches, then the update
         loss_sum = 0.0
         for micro_step in range(RANK, config.gradient_accumulation_steps, WORLD_SIZE):
-            stopped = WORLD_SIZE == 1 and len(SIGNALS) > 0
+            stopped = WORLD_SIZE == 1 and len(SIGNALS) > 0  # several would have to agree first
             if stopped:
                 break
             if config.dropout:
