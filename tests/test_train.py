@@ -884,8 +884,8 @@ def test_stopped_during_an_evaluation(train, start_train, tmp_path):
 
 
 def test_stopped_during_an_iteration(train, start_train, tmp_path):
-    """The iteration, here of about a second, is not finished. The resumed run repeats it exactly."""
-    flags = ("--gradient_accumulation_steps=200", "--max_iters=2", "--dropout=0.1",
+    """The iteration, here of 100 micro-batches, is not finished. The resumed run repeats it exactly."""
+    flags = ("--gradient_accumulation_steps=100", "--max_iters=2", "--dropout=0.1",
              "--optimizer=muon")
     assert train(*flags).returncode == 0
     shutil.move(tmp_path / "out", tmp_path / "whole")
@@ -934,12 +934,12 @@ def test_closed_terminal(start, dataset, tmp_path):
 
 
 def test_nohup(start_train, tmp_path):
-    process = start_train("--max_iters=300", "--eval_interval=1000", before=(
+    process = start_train("--max_iters=60", "--eval_interval=1000", before=(
         "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"))
     next(line for line in process.stdout if line.startswith("iter "))
     process.send_signal(signal.SIGHUP)
     ended = finish(process)
-    assert ended.returncode == 0 and checkpoint_in(tmp_path / "out")["iter_num"] == 301
+    assert ended.returncode == 0 and checkpoint_in(tmp_path / "out")["iter_num"] == 61
 
 
 def test_evaluation_does_not_wait_for_each_batch(dataset):
