@@ -477,10 +477,11 @@ def test_replaced_file_with_the_same_time(prepare, tmp_path):
         assert bins(tmp_path) == oracle(rows)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 20)), st.integers(0, 50))
-def test_cut(sizes, limit):
-    bounds = module.cut(np.array(sizes, np.int32), limit)
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 20))), st.integers(0, 50))
+def test_cut(arrays, limit):
+    sizes = list(itertools.chain(*arrays))
+    bounds = module.cut((np.array(array, np.int32) for array in arrays), limit)
     parts = [sizes[low:high] for low, high in zip(bounds, bounds[1:])]
     assert list(itertools.chain(*parts)) == sizes and bounds[0] == 0
     assert all(len(part) == 1 or 0 < len(part) and sum(part) <= limit for part in parts)
