@@ -716,20 +716,23 @@ def prepare(flags, files, origin, work):
     rows = load(flags, files, is_joined, work)
     if len(rows) < 2:
         raise ValueError(f"{unit}s found: {len(rows)}; each split needs at least one")
-    text_bytes = int(sum(sizes.sum() for sizes in row_sizes(rows, unit)))
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # shuffles while the rows are checked
+        splitting = thread.submit(
+            RowNumbers(rows.data, fingerprint="rows").train_test_split, flags.test_size,
+            seed=flags.seed, shuffle=flags.shuffle, load_from_cache_file=False)
+        text_bytes = int(sum(sizes.sum() for sizes in row_sizes(rows, unit)))
+        # map() gets ranges of rows, one at a time, as its batch_size does not limit the bytes
+        memory = (sizes + 1 for sizes in row_sizes(rows, unit))  # empty rows also take some
+        bounds = cut(memory, min(BATCH_BYTES, (text_bytes + len(rows)) // (4 * flags.num_proc)))
     # for BookCorpus, tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text
     if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
         raise RuntimeError(f"{work}: {free:,} bytes free, about {1.2 * text_bytes:,.0f} needed")
-    # map() gets ranges of rows, one at a time, as its batch_size does not limit the bytes
-    memory = (sizes + 1 for sizes in row_sizes(rows, unit))  # empty rows also take some
-    bounds = cut(memory, min(BATCH_BYTES, (text_bytes + len(rows)) // (4 * flags.num_proc)))
+    splits = splitting.result()
     ranges = datasets.Dataset.from_dict({"first": bounds[:-1], "last": bounds[1:]})
-    splits = RowNumbers(rows.data, fingerprint="rows").train_test_split(
-        flags.test_size, seed=flags.seed, shuffle=flags.shuffle, load_from_cache_file=False)
     row_number = np.uint32 if len(rows) < 2**32 else np.int64  # half the memory
     train, val = (splits[name].data["row"].to_numpy().astype(row_number)
                   for name in ("train", "test"))
-    del splits
+    del splits, splitting
     tokenized = ranges.with_format("arrow").map(
         tokenize, batched=True, batch_size=1, fn_kwargs={"rows": rows.with_format("arrow")},
         num_proc=flags.num_proc, remove_columns=["first", "last"], new_fingerprint="tokens",
