@@ -626,6 +626,10 @@ def write(path, chunks, rows, lengths, known, pool, unit):
     Returns the statistics of the split, and a bool array: which rows of `known` are in it.
     """
     out = np.memmap(path, TOKEN, mode="w+", shape=int(lengths.sum(dtype=np.int64)))
+    stats = {f"{unit}s": len(rows), "tokens": len(out), "bytes": out.nbytes,
+             f"tokens per {unit}, mean": round(len(out) / len(rows), 2),
+             f"tokens per {unit}, median": int(np.median(lengths)),
+             f"tokens per {unit}, longest": int(lengths.max())}
     if hasattr(os, "posix_fallocate"):  # a full disk is an OSError here, but a bus error below
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, out.nbytes)
@@ -646,10 +650,7 @@ def write(path, chunks, rows, lengths, known, pool, unit):
             found[index] = True
             bar.update(shard.nbytes)
     out.flush()
-    return {f"{unit}s": len(rows), "tokens": len(out), "bytes": out.nbytes,
-            f"tokens per {unit}, mean": round(len(out) / len(rows), 2),
-            f"tokens per {unit}, median": int(np.median(lengths)),
-            f"tokens per {unit}, longest": int(lengths.max()), "sha256": digest.hexdigest()}, found
+    return stats | {"sha256": digest.hexdigest()}, found
 
 
 def write_splits(work, chunks, train, val, num_proc, unit):
