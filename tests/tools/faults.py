@@ -125,7 +125,7 @@ def signal_prepare(faults, count, n_rows):
     fast_rows = ["row " * 10] * (sum(map(len, rows)) // 40)
     corpora = {"old": adversarial_rows(3000, seed=1), "new": fast_rows + rows}
     expected = {name: oracle(rows, test_size=0.1) for name, rows in corpora.items()}
-    out, existing, cache = (faults.folder / name for name in ("out", "existing", "hf"))
+    out, existing = faults.folder / "out", faults.folder / "existing"
     work, flags = out / ".prepare" / "work", {}
     for name, rows in corpora.items():
         source = faults.folder / f"{name}.parquet"
@@ -134,13 +134,11 @@ def signal_prepare(faults, count, n_rows):
                        "--overwrite=True", "--test_size=0.1")
     faults.run(PREPARE, *flags["old"])
     shutil.copytree(out, existing)
-    shutil.rmtree(cache)
     seconds = measure_stages(start_script(PREPARE, *flags["new"]), work)
     for i in faults.attempts(count):
         aim, name, target = SIGNALS[i % len(SIGNALS)]
         shutil.rmtree(out)
         shutil.copytree(existing, out)
-        shutil.rmtree(cache, ignore_errors=True)  # or the stage "loading" would be very short
         process = start_script(PREPARE, *flags["new"],
                                before=SLOW_MOVES if aim == "moving" else "")
         wait_for(lambda: stage_of(work) == aim, process)
@@ -201,19 +199,15 @@ def fill_disk(faults, count):
     expected = oracle(adversarial_rows(3000, seed=1), test_size=0.1)
     disk = faults.folder / "disk"
     for i in faults.attempts(count):
-        is_cache = i % 4 == 3  # the small disk has the cache of `datasets` instead of out_dir
         size = faults.rng.choice([1 << 20, 3 << 20]) if i % 2 else 32 << 20
         with small_disk(disk, size) as mounted:
             if not mounted:
                 faults.counts["prepare.py, full disk: skipped, no permission to mount a tmpfs"] += 1
                 return
-            out = (faults.folder if is_cache else disk) / "out"
+            out = disk / "out"
             flags = f"--out_dir={out}", "--num_proc=2", "--overwrite=True", "--test_size=0.1"
-            if not is_cache:
-                faults.run(PREPARE, f"--source={faults.folder / 'old.parquet'}", *flags)
-                shutil.rmtree(faults.folder / "hf", ignore_errors=True)
-            process = start_script(PREPARE, f"--source={faults.folder / 'new.parquet'}", *flags,
-                                   **({"HF_HOME": str(disk / "hf")} if is_cache else {}))
+            faults.run(PREPARE, f"--source={faults.folder / 'old.parquet'}", *flags)
+            process = start_script(PREPARE, f"--source={faults.folder / 'new.parquet'}", *flags)
             stage = "start"
             if i % 2 == 0:
                 time.sleep(faults.rng.uniform(1, 3))
@@ -222,11 +216,11 @@ def fill_disk(faults, count):
                     while True:
                         ballast.write(bytes(1 << 16))
             ended = faults.finish(process)
-            when = f"prepare.py, {stage}: full disk of {'the cache' if is_cache else 'out_dir'}"
+            when = f"prepare.py, {stage}: full disk of out_dir"
             if ended.returncode:
                 faults.check_error_line(ended.stderr, when)
                 faults.check(ended.returncode == 1, f"{when}: exit status {ended.returncode}")
-                faults.check(is_cache or bins(out) == expected, f"{when}: existing files changed")
+                faults.check(bins(out) == expected, f"{when}: existing files changed")
             faults.check(not (out / ".prepare").exists(), f"{when}: .prepare was not removed")
             shutil.rmtree(out, ignore_errors=True)
             faults.counts[when] += 1
