@@ -884,7 +884,7 @@ def test_stopped_during_an_evaluation(train, start_train, tmp_path):
 
 
 def test_stopped_during_an_iteration(train, start_train, tmp_path):
-    """The iteration, here of 100 micro-batches, is not finished. The resumed run repeats it exactly."""
+    """The iteration, of 100 micro-batches, is not finished. The resumed run repeats it exactly."""
     flags = ("--gradient_accumulation_steps=100", "--max_iters=2", "--dropout=0.1",
              "--optimizer=muon")
     assert train(*flags).returncode == 0

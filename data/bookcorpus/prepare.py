@@ -155,11 +155,11 @@ def read_json(stream, columns):
         stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
     types, keys = dict.fromkeys(columns, pa.string()), columns[1:]
     while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
-        if block.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
+        objects = block.removeprefix(codecs.BOM_UTF8).lstrip()
+        if objects.startswith(b"null"):
             raise ValueError("null is not an object")  # pyarrow 25 crashes if a block starts so
-        first_line = block.removeprefix(codecs.BOM_UTF8).lstrip().split(b"\n")[0]
-        if keys and first_line:  # --document_column has integers or strings, as in the first row
-            first, _ = json.JSONDecoder().raw_decode(first_line.decode())
+        if keys and objects:  # --document_column has integers or strings, as in the first object
+            first, _ = json.JSONDecoder().raw_decode(objects.split(b"\n")[0].decode())
             for name in keys:
                 is_integer = isinstance(first, dict) and type(first.get(name)) is int
                 types[name] = pa.int64() if is_integer else pa.string()
