@@ -199,7 +199,7 @@ def fill_disk(faults, count):
     expected = oracle(adversarial_rows(3000, seed=1), test_size=0.1)
     disk = faults.folder / "disk"
     for i in faults.attempts(count):
-        size = faults.rng.choice([1 << 20, 3 << 20]) if i % 2 else 32 << 20
+        size = faults.rng.choice([4 << 20, 8 << 20]) if i % 2 else 32 << 20
         with small_disk(disk, size) as mounted:
             if not mounted:
                 faults.counts["prepare.py, full disk: skipped, no permission to mount a tmpfs"] += 1
