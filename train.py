@@ -177,7 +177,7 @@ def user_error(message):
 
 def explain(error):
     """One line about the exception `error` and what to do about it; None for a fault of ours."""
-    line = textwrap.shorten(str(error), 400)
+    line = textwrap.shorten(str(error), 600)
     if isinstance(error, ImportError) and error.name:
         return f"{line}; pip install {error.name.partition('.')[0]}"
     if isinstance(error, MemoryError) or re.search("(allocate|enough|out of) memory", line):

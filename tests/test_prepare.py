@@ -567,18 +567,18 @@ def test_documents_do_not_depend_on_batches(batches, rows_per_document, kind):
     assert [document for array in found for document in array.to_pylist()] == join(rows, keys)
 
 
-@pytest.mark.parametrize("rows_per_document, method", [
-    (2, "fork"), (7, "spawn"), (1000, "forkserver"), (3999, "fork")])
-def test_rows_per_document(prepare, tmp_path, rows_per_document, method):
+@pytest.mark.parametrize("rows_per_document, method, num_proc, shuffle", [
+    (2, "fork", 3, True), (7, "spawn", 2, False), (1000, "forkserver", 2, True),
+    (3999, "fork", 1, False)])
+def test_rows_per_document(prepare, tmp_path, rows_per_document, method, num_proc, shuffle):
     source = write_parquet(tmp_path / "rows.parquet", ADVERSARIAL, row_group_size=999)
     documents = join(ADVERSARIAL, [i // rows_per_document for i in range(len(ADVERSARIAL))])
-    for num_proc, shuffle in (1, True), (3, False):
-        ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--test_size=0.3",
-                        f"--rows_per_document={rows_per_document}", f"--num_proc={num_proc}",
-                        f"--shuffle={shuffle}", "--overwrite=True",
-                        before=f"import multiprocess; multiprocess.set_start_method({method!r})")
-        assert ended.returncode == 0, ended.stderr
-        assert bins(tmp_path) == oracle(documents, test_size=0.3, shuffle=shuffle)
+    ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--test_size=0.3",
+                    f"--rows_per_document={rows_per_document}", f"--num_proc={num_proc}",
+                    f"--shuffle={shuffle}",
+                    before=f"import multiprocess; multiprocess.set_start_method({method!r})")
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path) == oracle(documents, test_size=0.3, shuffle=shuffle)
     n_val = -(-3 * len(documents) // 10)
     assert f"| documents | {len(documents) - n_val:,} | {n_val:,} |" in ended.stdout
     assert "| tokens per document, mean |" in ended.stdout and "row" not in ended.stdout[:300]
