@@ -102,7 +102,7 @@ PIECES = st.lists(st.sampled_from([" ", "  ", "a b", "a", " b", "<|endoftext|>",
                                    "\t", "\u00a0", "9"])).map("".join)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(TEXT, PIECES), min_size=1))
 def test_tokens_of_random_rows(rows):
     tokens = module.Words().encode(pa.array(rows, pa.large_string()))
@@ -340,7 +340,7 @@ def read(reader, content, block_bytes):
                 for row in module.get_columns(batch, ["text"], 0)[0].to_pylist()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(["a", "\u4e2d", " ", "\n", "\r", "\r\n", "\x85", "\x0c",
                                  "\ufeff"])),
        st.sampled_from(["utf-8", "utf-8-sig"]), st.integers(1, 9))
@@ -350,7 +350,7 @@ def test_text_is_cut_at_line_ends(pieces, encoding, block_bytes):
     assert read(module.read_text, content, block_bytes) == [line.rstrip("\n") for line in text]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(VALUES, VALUES)), st.integers(1, 40), st.booleans(),
        st.sampled_from("\t,"), st.sampled_from(["\n", "\r\n"]),
        st.sampled_from(["", "\ufeff"]))
@@ -366,7 +366,7 @@ def test_csv_values(rows, block_bytes, one_column, delimiter, line_end, mark):
     assert read(reader, content, block_bytes) == [text for _, text in rows]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(VALUES, st.none() | st.integers() | VALUES | st.lists(st.integers()))),
        st.integers(1, 40), st.sampled_from(["lines", "array", "indented array"]),
        st.booleans(), st.sampled_from(["", "\ufeff"]))
@@ -477,7 +477,7 @@ def test_replaced_file_with_the_same_time(prepare, tmp_path):
         assert bins(tmp_path) == oracle(rows)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 20))), st.integers(0, 50))
 def test_cut(arrays, limit):
     sizes = list(itertools.chain(*arrays))
@@ -546,7 +546,7 @@ def join(rows, keys):
     return [" ".join(row for _, row in group) for _, group in groups]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(st.tuples(st.sampled_from(["", " ", "a", " b", "c ", "\n"]),
                                    st.integers(0, 2)))),
        st.integers(1, 6), st.sampled_from(["rows", "integers", "strings"]))
