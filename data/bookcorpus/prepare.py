@@ -59,7 +59,7 @@ ROW_BYTES = 1 << 30  # the longest row
 BATCH_BYTES = 8 << 20  # text per call of tokenize
 COMMON_WORDS = 50_000  # words that encode() finds without a Python dict
 CACHE_BYTES = 16 << 20  # cached tokens per worker process: about 1.3 million words
-SHARD_BYTES = 32 << 20  # tokens per write
+SHARD_BYTES = 16 << 20  # tokens per write
 OVERLAP_ROWS = 100_000  # validation rows that are looked up in the training split, and
 OVERLAP_TOKENS = 32 << 20  # how many tokens they have together
 
