@@ -778,7 +778,8 @@ def train(config, given):
     """Train a model. Returns the exit status: 0, or 128 + the signal that stopped it.
 
     After a signal, one process drops the gradients of the current iteration, saves the checkpoint
-    and stops. Several processes stop together, after an iteration."""
+    and stops. Several processes stop together, after an iteration. If always_save_checkpoint is
+    False, a signal saves nothing, as there is no new validation loss."""
     device, ctx = init_device(config)
     model, optimizers, scaler, iter_num, best_val_loss = init_training(config, given, device)
     files = open_data(config)
