@@ -309,7 +309,7 @@ def test_stopped_while_it_loads_from_the_hub(start, body, tmp_path):
             "    write(*arguments, **options)\n"
             "    time.sleep(60)\n"
             "datasets.arrow_writer.ArrowWriter.write_table = slow_write"))
-        wait_for(lambda: list(out.glob(".prepare/work/hub/**/*.arrow")), process)
+        wait_for(lambda: list((out / ".prepare").rglob("*.arrow")), process)
         assert process.poll() is None
         os.killpg(process.pid, signal.SIGINT)
         ended = finish(process, 20)
