@@ -374,6 +374,31 @@ def test_json_values(rows, block_bytes, form, ascii, mark):
     assert found == [text for text, _ in rows]
 
 
+def test_blank_lines_of_csv_are_not_rows():
+    r"""As written by Python's csv on Windows without newline="": lines end with \r\r\n."""
+    one_column, two_columns = ["text", "a", '""', "b"], ["id,text", "1,a", "2,", '3,"b"']
+    for records in one_column, two_columns:
+        content = "".join(record + "\r\r\n" for record in records).encode()
+        assert read(module.FORMATS[".csv"], content, 1 << 20) == ["a", "", "b"]
+
+
+def test_json_objects_over_several_lines():
+    """Are read as far as they are in one block; the message tells why others are not."""
+    content = "\n".join(json.dumps({"text": row}, indent=1) for row in SENTENCES).encode()
+    assert read(module.read_json, content, len(content)) == SENTENCES
+    with pytest.raises(ValueError, match="each object must be on a line of its own"):
+        read(module.read_json, content, len(content) // 2)
+
+
+def test_order_of_files_does_not_depend_on_the_separator(monkeypatch):
+    """The order of rows is that of `folder/a/x.txt` and `folder/a0.txt` on Windows, too."""
+    paths = ["folder\\a0.txt", "folder\\a\\x.txt"]
+    monkeypatch.setattr(os, "sep", "\\")
+    monkeypatch.setattr(module, "walk", lambda path, visited: paths)
+    monkeypatch.setattr(module.glob, "glob", lambda *arguments, **options: ["folder"])
+    assert module.find_files("folder*") == paths[::-1]
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet", "arrow"])
 def test_other_columns_differ_between_files(prepare, tmp_path, ending):
     """In number, order and type: text, integers, with missing values."""
@@ -478,7 +503,7 @@ def test_cut(sizes, limit):
     bounds = module.cut(np.array(sizes, np.int32), limit)
     parts = [sizes[low:high] for low, high in zip(bounds, bounds[1:])]
     assert list(itertools.chain(*parts)) == sizes and bounds[0] == 0
-    assert all(part and sum(part[1:]) < limit for part in parts)
+    assert all(part and sum(part[1:]) <= limit for part in parts)
     assert len(parts) <= 1 + sum(sizes) / limit
 
 
@@ -790,8 +815,27 @@ def invalid_utf8(path):
     write_parquet(path, strings)
 
 
+def unfinished_stream(n_bytes):
+    """An Arrow stream whose writer died after a record batch and `n_bytes` more."""
+    def make(path):
+        rows = pa.record_batch([pa.array(SENTENCES)], ["text"])
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_batch(rows)
+            n_complete = sink.tell()
+            writer.write_batch(rows)
+        path.write_bytes(sink.getvalue().to_pybytes()[:n_complete + n_bytes])
+    return make
+
+
 def files(*names):
     return lambda path: (path.mkdir(), [(path / name).touch() for name in names])
+
+
+def pipe_in_a_folder(path):
+    path.mkdir()
+    shutil.copy(SAMPLE, path / "a.txt")
+    os.mkfifo(path / "b.txt")
 
 
 def archive(path):
@@ -822,8 +866,13 @@ BAD_SOURCES = {  # name: (function that makes it, words of the message)
     "utf8.parquet": (invalid_utf8, "Invalid UTF8 sequence at string index 99"),
     "cut.parquet": (text(b"PAR1 and no more"), "Parquet"),
     "cut.arrow": (text(b"ARROW1 and no more"), "rrow"),
+    "between_batches.arrow": (unfinished_stream(0), "no end-of-stream marker"),
+    "in_a_length.arrow": (unfinished_stream(4), "Corrupted metadata length"),
+    "in_a_batch.arrow": (unfinished_stream(100), "in_a_batch.arrow: "),
     "utf8.txt": (text(b"fine\nb\xffd\n"), "'utf-8' codec can't decode byte 0xff"),
     "utf16.txt": (text("fine\n".encode("utf-16")), "'utf-8' codec can't decode byte 0xff"),
+    "utf16_without_mark.txt": (text("a\nb\n".encode("utf-16-le")), "line 1 has a NUL character"),
+    "binary.txt": (text(b"a\nb\nc\0d\ne\n"), "line 3 has a NUL character"),
     "utf8.csv": (text(b"text\nb\xffd\n"), "'utf-8' codec can't decode byte 0xff"),
     "utf8.jsonl": (text(b'{"text": "b\xffd"}\n'), "Invalid UTF8 sequence at string index 0"),
     "empty.txt": (text(b""), "rows found: 0"),
@@ -857,6 +906,10 @@ BAD_SOURCES = {  # name: (function that makes it, words of the message)
     "mixed": (files("a.txt", "notes.json"), "notes.json; choose with a glob"),
     "delimiters": (files("a.csv", "b.tsv"), "more than one format: "),
     "compressed": (files("a.txt.gz", "b.json.gz"), "more than one format: "),
+    "two_forms": (files("a.txt", "a.txt.gz"), "a.txt.gz are two forms of one file"),
+    "two_codecs": (files("a.txt.bz2", "a.txt.gz"), "a.txt.gz are two forms of one file"),
+    "pipe": (pipe_in_a_folder, "b.txt is not a regular file"),
+    "pipe.txt": (os.mkfifo, "pipe.txt is not a regular file"),
     "missing.parquet": (lambda path: None, "no data files found"),
     "missing/*.txt": (lambda path: None, "no data files found"),
 }
@@ -903,6 +956,14 @@ def test_bad_flags(monkeypatch, capsys, flag, message):
         module.parse_flags()
     line = capsys.readouterr().err
     assert ended.value.code == 2 and message in line and line.count("\n") == 1
+
+
+def test_default_number_of_processes(monkeypatch):
+    """Windows cannot wait for more than 61."""
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    for n_cpus, num_proc in (3, 3), (128, 60):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(n_cpus))
+        assert module.parse_flags().num_proc == num_proc
 
 
 def test_bad_flag_ends_the_run(refused, tmp_path):

@@ -180,12 +180,34 @@ def test_full_disk_of_out_dir(prepare, tmp_path):
     assert prepare(f"--source={SAMPLE}", f"--out_dir={out}").returncode == 0
     # from here on the rows are in the cache of `datasets`
     assert prepare(f"--source={source}", f"--out_dir={tmp_path / 'other'}").returncode == 0
-    before, size = bins(out), (tmp_path / "other" / "train.bin").stat().st_size
-    for limit in 1000, size // 2, size - 1:
+    old, size = bins(out), (tmp_path / "other" / "train.bin").stat().st_size
+    without_fallocate = "; import os; del os.posix_fallocate"  # as on macOS
+    for limit, before in (1000, ""), (size // 2, ""), (size - 1, ""), (size - 1, without_fallocate):
         ended = prepare(f"--source={source}", f"--out_dir={out}", "--overwrite=True",
-                        "--num_proc=2", before=limit_file_size(limit))
+                        "--num_proc=2", before=limit_file_size(limit) + before)
         assert "File too large" in error_line(ended)
-        assert bins(out) == before and not (out / ".prepare").exists()
+        assert bins(out) == old and not (out / ".prepare").exists()
+
+
+NO_SPACE = "def fail(*arguments, **options): raise OSError(28, 'No space left on device')\n"
+
+
+@pytest.mark.parametrize("before, place", [
+    ("import numpy; numpy.memmap = fail", "--out_dir={out}: writing: [Errno 28]"),
+    ("import pyarrow; pyarrow.ipc.new_stream = fail", "--out_dir={out}: loading: [Errno 28]"),
+    ("import multiprocess.synchronize; multiprocess.synchronize.SemLock.__init__ = fail",
+     "tokenizing with --num_proc=2 in {out}/.prepare/work: [Errno 28]"),
+    ("import os; os.listdir = fail", "--source={source}: [Errno 28]"),
+], ids=["memmap", "Arrow file", "worker processes", "source"])
+def test_error_names_its_place(refused, tmp_path, before, place):
+    """A file system without shared maps, a full one, and a full /dev/shm."""
+    out, source = tmp_path / "out", tmp_path / "books"
+    source.mkdir()
+    shutil.copy(SAMPLE, source)
+    line = refused(f"--source={source}", f"--out_dir={out}", "--num_proc=2",
+                   before=NO_SPACE + before)
+    assert f"prepare.py: {place.format(out=out, source=source)}" in line
+    assert not out.exists() or list(out.iterdir()) == []
 
 
 # paths and systems -----------------------------------------------------------
@@ -213,6 +235,67 @@ def test_system_without_fork_and_most_signals(prepare, tmp_path):
                     PYTHONPATH=str(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path / "out") == oracle(rows)
+
+
+def test_macos_spawns(prepare, tmp_path):
+    """On macOS, fork is the default of multiprocess, but not safe."""
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--num_proc=2", before=(
+        "import multiprocess.popen_spawn_posix, os, sys; sys.platform = 'darwin'; del os.fork"))
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path) == oracle(SENTENCES)
+
+
+@pytest.mark.parametrize("late_error", [False, True])
+def test_files_that_are_removed_are_not_mapped(prepare, tmp_path, late_error):
+    """Windows would keep them."""
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", before=(
+        "import collections, pathlib, shutil; remove = shutil.rmtree\n"
+        "def rmtree(path, *arguments, **options):\n"
+        "    maps = pathlib.Path('/proc/self/maps').read_text()\n"
+        "    print(*(line for line in maps.splitlines() if str(path) in line), 'mapped')\n"
+        "    remove(path, *arguments, **options)\n"
+        "shutil.rmtree = rmtree\n") + late_error * (
+        "shutil.disk_usage = lambda path: collections.namedtuple('usage', 'free')(10)"))
+    assert ended.returncode == late_error, ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if line.endswith("mapped")]
+    assert set(lines) == {"mapped"} and len(lines) >= 2
+
+
+IN_A_NOTEBOOK = """
+import multiprocess.pool, os, runpy, signal, sys, tempfile
+class Stream:  # like ipykernel's, without the attributes of a text file
+    def __init__(self, file): self.write, self.flush = file.write, file.flush
+sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+def state():
+    return [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), dict(os.environ),
+            multiprocess.pool.Pool, multiprocess.get_start_method(allow_none=True),
+            tempfile.gettempdir()]
+before = state()
+del sys.argv[0]
+for _ in range(2):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    assert state() == before
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_run_in_a_notebook(tmp_path):
+    """Its process goes on after a run and is as before."""
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_A_NOTEBOOK, PREPARE, f"--source={SAMPLE}",
+         f"--out_dir={tmp_path}", "--num_proc=2"], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("| tokens |") == 2 and ended.stdout.endswith("interrupted\n")
+    assert bins(tmp_path) == oracle(SENTENCES)
+
+
+def test_output_folder_with_a_name_in_latin_1(refused, tmp_path):
+    out = tmp_path / os.fsdecode(b"k\xf6ln")
+    assert f"--out_dir={tmp_path}" in refused(f"--source={SAMPLE}", f"--out_dir={out}")
+    assert list(out.iterdir()) == []
 
 
 def test_long_temporary_folder(prepare, tmp_path):

@@ -126,37 +126,35 @@ def errors_in(place):
 
 def prepare(flags, files, work):
     """Load, split, tokenize and write to the folder `work`. Returns the statistics, a dict."""
-    # load. A document is a range of rows: those from starts[i] to starts[i + 1]
     columns = ["text", flags.document_column] if flags.document_column else ["text"]
     with errors_in(f"--out_dir={flags.out_dir}: loading"):
-        rows = load_files(files, columns, work) if files else load_from_hub(flags.source, columns,
-                                                                            work)
+        if files:
+            rows = load_files(files, columns, work)
+        else:
+            rows = load_from_hub(flags.source, columns, work)
+
+    # a document is a range of rows, without these flags a single one
+    unit = "document" if flags.document_column or flags.rows_per_document > 1 else "row"
     with errors_in(f"--source={flags.source}"):
         starts = document_starts(rows.data, flags.rows_per_document)
-        unit = "document" if flags.document_column or flags.rows_per_document > 1 else "row"
         if len(starts) < 2:
             raise ValueError(f"{unit}s found: {len(starts)}; each split needs at least one")
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # 4 s at full size
-            splitting = thread.submit(split, len(starts), flags)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            splitting = thread.submit(split, len(starts), flags)  # 4 s at full size
             sizes = document_sizes(rows, starts, unit)
         train, val = splitting.result()
 
-    # tokenize. map() gets ranges of rows, one at a time: its batch_size does not limit the bytes
     text_bytes = int(sizes.sum(dtype=np.int64))
-    sizes += 1  # the end of a document also takes memory
-    limit = min(BATCH_BYTES, 1 + (text_bytes + len(sizes)) // (4 * flags.num_proc))
-    bounds = [*(starts[i] for i in cut(sizes, limit)[:-1]), len(rows)]
-    ranges = datasets.Dataset.from_dict({"first": bounds[:-1], "last": bounds[1:]})
-    del sizes, splitting
+    ranges = row_ranges(rows, starts, sizes, flags.num_proc)
+    del splitting, sizes  # 1 GB
     with errors_in(f"tokenizing with --num_proc={flags.num_proc} in {work}"):
-        tokenized = ranges.with_format("arrow").map(
+        tokenized = ranges.map(
             tokenize, batched=True, batch_size=1, num_proc=flags.num_proc,
             fn_kwargs={"rows": rows, "rows_per_document": flags.rows_per_document},
             remove_columns=["first", "last"], new_fingerprint="tokens",
             writer_batch_size=1 << 30, cache_file_name=str(work / "tokens.arrow"),
             load_from_cache_file=False, desc="Tokenizing")
 
-    # write
     with errors_in(f"--out_dir={flags.out_dir}: writing"):
         stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc,
                              unit)
@@ -245,6 +243,17 @@ def split(n, flags):
                                    load_from_cache_file=False)
     return [splits[name].data["row"].to_numpy().astype(np.min_scalar_type(n))
             for name in ("train", "test")]
+
+
+def row_ranges(rows, starts, sizes, num_proc):
+    """A Dataset with the columns `first` and `last`: ranges of rows with about BATCH_BYTES of text,
+    and only complete documents. map() gets them one at a time, since its batch_size, a number of
+    rows, does not limit the bytes."""
+    sizes = sizes + 1  # an empty document also takes memory
+    limit = min(BATCH_BYTES, 1 + int(sizes.sum(dtype=np.int64)) // (4 * num_proc))
+    bounds = [*(starts[i] for i in cut(sizes, limit)[:-1]), len(rows)]
+    ranges = datasets.Dataset.from_dict({"first": bounds[:-1], "last": bounds[1:]})
+    return ranges.with_format("arrow")
 
 
 def cut(sizes, limit):
