@@ -8,8 +8,10 @@ import multiprocessing
 import multiprocessing.util
 import os
 import pathlib
+import pickle
 import random
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,34 +109,6 @@ def write_parquet(path, rows, kind=None, **options):
 # processes -------------------------------------------------------------------
 
 
-def start_script(script, *flags, before="", **environment):
-    """Start `script` in a new interpreter and a new process group. Returns its Popen.
-
-    `before` is Python code that runs first in its process."""
-    arguments = [script]
-    if before:
-        code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
-        arguments = ["-c", f"{before}\n{code}", script]
-    return subprocess.Popen([sys.executable, *map(str, [*arguments, *flags])], text=True,
-                            env=os.environ | environment, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process, timeout=120):
-    """Wait for the Popen `process`. Returns a CompletedProcess."""
-    output, errors = process.communicate(timeout=timeout)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
-def run_as_main(arguments, before, folder):
-    """In a forked process: run the script arguments[0] with output to files in `folder`."""
-    for number, name in (1, "stdout"), (2, "stderr"):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv[:] = arguments
-    exec(before, {})
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
 # A server with the libraries imported, from which runs are forked: training two layers takes 0.5 s
 # instead of 3.6 s, preparing the sample 0.4 s instead of 1.1 s.
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -146,31 +120,125 @@ FORKSERVER.set_forkserver_preload(["datasets", "torch._dynamo", "torch.distribut
                                    "matplotlib.backends.backend_agg", "tiktoken.load"])
 
 
-def run_script(script, *flags, before="", timeout=120, **environment):
-    """Run `script` in a process of its own. Returns its CompletedProcess.
+def run_as_main(arguments, before, folder):
+    """In a forked process: run the script arguments[0] with output to files in `folder`."""
+    os.setsid()
+    for number, name in (1, "stdout"), (2, "stderr"):
+        os.dup2(os.open(pathlib.Path(folder, name), os.O_WRONLY), number)
+    sys.argv[:] = arguments
+    exec(before, {})
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class ForkedProcess:
+    """A process forked from FORKSERVER, with the methods of subprocess.Popen."""
+
+    def __init__(self, args, before, folder):
+        self.args = args
+        self.process = FORKSERVER.Process(target=run_as_main, args=(args, before, folder))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def start_script(script, *flags, before="", **environment):
+    """Start `script` in a process group of its own. Returns a Popen or a ForkedProcess.
 
     With `environment`, it is a new interpreter, since libraries read variables on import.
-    Otherwise it is forked from FORKSERVER. `before` is Python code that runs first."""
-    if environment:
-        return finish(start_script(script, *flags, before=before, **environment), timeout)
+    Otherwise it is forked from FORKSERVER. `before` runs first in the process: Python code, or a
+    function that can be pickled. The output goes to files, which are in `process.folder` until
+    finish() or discard() is called."""
+    if callable(before):
+        before = (f"import pickle, sys; sys.path.append({str(ROOT / 'tests')!r})\n"
+                  f"pickle.loads({pickle.dumps(before)!r})()")
+    folder = tempfile.TemporaryDirectory()
+    files = [pathlib.Path(folder.name, name) for name in ("stdout", "stderr")]
+    for file in files:
+        file.touch()
     arguments = [str(script), *map(str, flags)]
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        process = FORKSERVER.Process(target=run_as_main, args=(arguments, before, folder))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(arguments, timeout)
-        return subprocess.CompletedProcess(arguments, process.exitcode, *(
-            (folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")))
+    if environment:
+        code = ["-c", f"{before}\nimport runpy, sys; del sys.argv[0];"
+                " runpy.run_path(sys.argv[0], None, '__main__')"] if before else []
+        with open(files[0], "w") as stdout, open(files[1], "w") as stderr:
+            process = subprocess.Popen([sys.executable, *code, *arguments], start_new_session=True,
+                                       env=os.environ | environment, stdout=stdout, stderr=stderr)
+    else:
+        process = ForkedProcess(arguments, before, folder.name)
+    process.folder = folder
+    return process
+
+
+def output_of(process, name="stdout"):
+    """What `process` has written to stdout or stderr so far."""
+    return pathlib.Path(process.folder.name, name).read_text(encoding="utf-8")
+
+
+def finish(process, timeout=120):
+    """Wait for a process of start_script. Returns a CompletedProcess."""
+    process.wait(timeout)
+    ended = subprocess.CompletedProcess(
+        process.args, process.returncode, output_of(process), output_of(process, "stderr"))
+    process.folder.cleanup()
+    return ended
+
+
+def discard(process):
+    """End the process group of a process of start_script, and delete its output."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.folder.cleanup()
+
+
+def run_script(script, *flags, timeout=120, **options):
+    """start_script(script, *flags, **options), then finish(). Returns a CompletedProcess."""
+    process = start_script(script, *flags, **options)
+    try:
+        return finish(process, timeout)
+    finally:
+        discard(process)
 
 
 def wait_for(condition, process, seconds=60):
-    """Return when condition() is true, `process` has ended, or `seconds` have passed."""
+    """Call condition() until its value is true, `process` has ended or `seconds` have passed.
+    Returns the last value."""
     deadline = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
+    while True:
+        last = process.poll() is not None or time.monotonic() > deadline
+        value = condition()
+        if value or last:
+            return value
         time.sleep(0.002)
+
+
+def wait_for_line(process, start):
+    """Wait until `process` has printed a line that begins with `start`. Returns this line."""
+    def find():
+        *lines, _ = output_of(process).split("\n")  # the last one may be incomplete
+        return next((line for line in lines if line.startswith(start)), None)
+
+    line = wait_for(find, process)
+    assert line is not None, f"no line {start!r}: {output_of(process, 'stderr')}"
+    return line
 
 
 def child_processes(pid):

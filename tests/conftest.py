@@ -1,9 +1,9 @@
 """Fixtures: an environment without the network or the user's caches, and runs of the scripts."""
 import os
-import signal
 
 import pytest
-from common import PREPARE, SENTENCES, TINY, TRAIN, row_bytes, run_script, start_script
+from common import (PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script,
+                    start_script)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,7 +39,7 @@ def refused():
 
 @pytest.fixture
 def start():
-    """start(script, *flags, ...) calls start_script; the process group is killed after the test."""
+    """start(script, *flags, ...) calls start_script; the process group is ended after the test."""
     started = []
 
     def run(*arguments, **options):
@@ -48,11 +48,7 @@ def start():
 
     yield run
     for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.communicate()
+        discard(process)
 
 
 @pytest.fixture(scope="session")

@@ -568,7 +568,7 @@ def test_killed_and_run_again(start_until, prepare, tmp_path, kill, stage, metho
     out, process = tmp_path / "out", start_until(stage, before=(
         f"import multiprocess; multiprocess.set_start_method({method!r})"))
     kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=20)
+    process.wait(timeout=20)
     assert group_has_ended(process.pid)
     assert not (out / "train.bin").exists() and (out / ".prepare").exists()
     ended = prepare(f"--source={SAMPLE}", f"--out_dir={out}")

@@ -14,12 +14,14 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import train_faults
 from common import (ROOT, SAMPLE, TINY, TORCHRUN, TRAIN, child_processes, finish, gpt2,
-                    limit_file_size, run_script, wait_for)
+                    limit_file_size, run_script, wait_for, wait_for_line)
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
@@ -33,8 +35,7 @@ MODEL_ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, voc
 def start_train(start, dataset, tmp_path):
     """start_train(*flags) starts the same run as `train` and returns its Popen."""
     return lambda *flags, **options: start(
-        TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY, *flags,
-        PYTHONUNBUFFERED="1", **options)
+        TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY, *flags, **options)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def start_job(start, dataset, tmp_path):
     """start_job(*flags) starts it with two processes, into tmp_path/two. Returns their Popen."""
     return lambda *flags, **environment: start(
         TORCHRUN, "--standalone", "--nproc_per_node=2", TRAIN, f"--dataset={dataset}",
-        f"--out_dir={tmp_path / 'two'}", *TINY, *flags, PYTHONUNBUFFERED="1", **environment)
+        f"--out_dir={tmp_path / 'two'}", *TINY, *flags, **environment)
 
 
 def checkpoint_in(folder):
@@ -827,7 +828,7 @@ def test_resumed_bit_for_bit(train, start_train, refused, dataset, tmp_path):
     resume = []
     for number in signal.SIGTERM, signal.SIGINT:
         process = start_train(*flags, *resume)
-        next(line for line in process.stdout if line.startswith("iter "))
+        wait_for_line(process, "iter ")
         process.send_signal(number)
         ended = finish(process)
         assert (ended.returncode, ended.stderr) == (128 + number, "")
@@ -876,7 +877,7 @@ def test_stopped_during_an_evaluation(train, start_train, tmp_path):
     """The evaluation ends early, and a checkpoint is saved."""
     assert train("--max_iters=2", "--eval_interval=3").returncode == 0
     process = start_train("--init_from=resume", "--eval_interval=5", "--eval_iters=10000")
-    next(line for line in process.stdout if line.startswith("iter 4"))
+    wait_for_line(process, "iter 4")
     process.send_signal(signal.SIGINT)
     ended = finish(process)
     assert (ended.returncode, ended.stderr) == (130, "") and "step" not in ended.stdout
@@ -890,7 +891,7 @@ def test_stopped_during_an_iteration(train, start_train, tmp_path):
     assert train(*flags).returncode == 0
     shutil.move(tmp_path / "out", tmp_path / "whole")
     process = start_train(*flags)
-    next(line for line in process.stdout if line.startswith("iter 0"))
+    wait_for_line(process, "iter 0")
     process.send_signal(signal.SIGTERM)
     ended = finish(process)
     assert (ended.returncode, ended.stderr) == (143, "") and "iter 1" not in ended.stdout
@@ -908,7 +909,7 @@ def test_stopped_during_an_iteration(train, start_train, tmp_path):
 def test_nothing_saved(start_train, tmp_path, flags):
     """The last line does not say that the run can be resumed."""
     process = start_train(*flags)
-    next(line for line in process.stdout if line.startswith("step 0"))
+    wait_for_line(process, "step 0")
     process.send_signal(signal.SIGINT)
     *_, line = finish(process).stdout.splitlines()
     assert line.endswith(", no checkpoint was saved")
@@ -918,25 +919,24 @@ def test_nothing_saved(start_train, tmp_path, flags):
 def test_closed_terminal(start, dataset, tmp_path):
     """A checkpoint is saved, although nothing can be printed any more."""
     terminal, other_end = pty.openpty()
-    flags = f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY
-    process = start(TRAIN, *flags, "--gradient_accumulation_steps=100", before=(
-        f"import os; tty = os.open({os.ttyname(other_end)!r}, os.O_RDWR)\n"
-        "for number in range(3): os.dup2(tty, number)"))
-    text = b""
-    while b"iter 0: " not in text:
-        text += os.read(terminal, 1000)
-    time.sleep(0.2)  # print() has returned; it would fail in a terminal that closes meanwhile
+    out, log = tmp_path / "out", tmp_path / "out" / "log.jsonl"
+    process = start(TRAIN, f"--dataset={dataset}", f"--out_dir={out}", *TINY,
+                    "--gradient_accumulation_steps=100",
+                    before=partial(train_faults.terminal, os.ttyname(other_end)))
+    # the record follows print(), which would fail in a terminal that closes meanwhile
+    assert wait_for(lambda: log.exists() and '"loss"' in log.read_text(), process)
+    assert b"iter 0: " in os.read(terminal, 10_000)
     os.close(terminal)
     os.close(other_end)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
-    assert checkpoint_in(tmp_path / "out")["iter_num"] == 1
-    assert (tmp_path / "out" / "loss.png").exists()
+    assert checkpoint_in(out)["iter_num"] == 1
+    assert (out / "loss.png").exists()
 
 
 def test_nohup(start_train, tmp_path):
     process = start_train("--max_iters=60", "--eval_interval=1000", before=(
         "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"))
-    next(line for line in process.stdout if line.startswith("iter "))
+    wait_for_line(process, "iter ")
     process.send_signal(signal.SIGHUP)
     ended = finish(process)
     assert ended.returncode == 0 and checkpoint_in(tmp_path / "out")["iter_num"] == 61
@@ -969,14 +969,14 @@ def test_evaluation_does_not_wait_for_each_batch(dataset):
     assert events == 2 * (3 * ["forward"] + 3 * ["read"])
 
 
-def test_second_ctrl_c(start_train):
+def test_second_ctrl_c(start_train, tmp_path):
     """It ends a process that has not stopped after the first one."""
-    process = start_train(before=(
-        "import time, torch; torch.save = lambda *arguments: time.sleep(60)"))
-    next(line for line in process.stdout if line.startswith("iter 1:"))
+    saving = tmp_path / "saving"
+    process = start_train("--eval_interval=1000000",
+                          before=partial(train_faults.endless_save, saving))
+    wait_for_line(process, "iter 1:")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
+    assert wait_for(saving.exists, process) and process.poll() is None
     process.send_signal(signal.SIGINT)
     ended = finish(process)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
@@ -984,12 +984,12 @@ def test_second_ctrl_c(start_train):
 
 def test_second_sigterm(start_train, tmp_path):
     """torchrun may send SIGTERM twice. The checkpoint is still written."""
-    process = start_train("--eval_interval=1000000", before=(  # and writing takes a second
-        "import time, torch; save = torch.save\n"
-        "torch.save = lambda *arguments: (time.sleep(1), save(*arguments))"))
-    next(line for line in process.stdout if line.startswith("iter 0"))
+    saving = tmp_path / "saving"
+    process = start_train("--eval_interval=1000000",
+                          before=partial(train_faults.save_until_second_sigterm, saving))
+    wait_for_line(process, "iter 0")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)  # or the kernel may merge the two signals
+    assert wait_for(saving.exists, process)
     process.send_signal(signal.SIGTERM)
     ended = finish(process)
     assert (ended.returncode, ended.stderr) == (143, "")
@@ -1045,7 +1045,7 @@ def test_stopped_job_and_killed_process(start_job, tmp_path):
     """SIGTERM stops all processes, and the job can be resumed. If one is killed, the others end."""
     flags = "--eval_interval=10", "--eval_iters=1", "--log_interval=10"
     job = start_job(*flags)
-    next(line for line in job.stdout if line.startswith("iter 10:"))
+    wait_for_line(job, "iter 10:")
     job.send_signal(signal.SIGTERM)
     ended = finish(job)
     reached = checkpoint_in(tmp_path / "two")["iter_num"]
@@ -1053,7 +1053,7 @@ def test_stopped_job_and_killed_process(start_job, tmp_path):
     assert f"{TRAIN}\", line" not in ended.stderr, ended.stderr
 
     job = start_job(*flags, "--init_from=resume")
-    first_line = next(line for line in job.stdout if line.startswith("iter "))
+    first_line = wait_for_line(job, "iter ")
     assert first_line.startswith(f"iter {reached}:")
     workers = [pathlib.Path(f"/proc/{pid}") for pid in child_processes(job.pid)]
     victim, = (path for path in workers if b"\0RANK=1\0" in (path / "environ").read_bytes())
@@ -1123,7 +1123,7 @@ def test_only_the_best_checkpoint(train, start_train, tmp_path):
     assert list(steps(ended.stdout)) == [4, 6, 8, 9] and ended.returncode == 0
     assert min(steps(ended.stdout).values()) == steps(ended.stdout)[4]
     process = start_train(*flags)
-    next(line for line in process.stdout if line.startswith("iter 5"))
+    wait_for_line(process, "iter 5")
     process.send_signal(signal.SIGINT)
     ended = finish(process)
     assert ended.returncode == 130 and "ckpt.pt: 4" in ended.stdout

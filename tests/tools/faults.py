@@ -114,6 +114,7 @@ def measure_stages(process, work):
         now = time.monotonic()
         seconds[stage_of(work)] += now - last
         last = now
+    finish(process)
     seconds["start"], seconds["moving"] = 1, 3.6  # six moves, each slowed down by 0.6 s
     return seconds
 
@@ -250,9 +251,9 @@ def kill_train(faults, count):
             time.sleep(faults.rng.uniform(0, 0.3))
         else:
             process = start_script(TRAIN, *flags)
-            time.sleep(faults.rng.uniform(1.5, seconds))
+            time.sleep(faults.rng.uniform(0, seconds))
         saving = (out / "ckpt.pt.new").exists()
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         finish(process)
         when = f"train.py, SIGKILL {'while it saves a checkpoint' if saving else 'at another time'}"
         resume = ["--init_from=resume"] * (out / "ckpt.pt").exists()
