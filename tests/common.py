@@ -29,6 +29,9 @@ SAMPLE = PREPARE.with_name("sample.txt")
 TRAIN = ROOT / "train.py"
 TORCHRUN = pathlib.Path(sys.executable).with_name("torchrun")
 SENTENCES = SAMPLE.read_text(encoding="utf-8").splitlines()
+# flags of torchrun in the README, which test_train.py uses with fewer processes
+ONE_NODE = "--standalone --nproc_per_node=8"
+TWO_NODES = "--nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:29500"
 # flags of train.py for a model that trains in a second
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
         "--learning_rate=1e-2", "--gradient_accumulation_steps=2", "--warmup_iters=2",
@@ -108,6 +111,8 @@ def write_parquet(path, rows, kind=None, **options):
 
 # processes -------------------------------------------------------------------
 
+
+TIMEOUT = 300  # seconds; only a fault reaches it
 
 # A server with the libraries imported, from which runs are forked: training two layers takes 0.5 s
 # instead of 3.6 s, preparing the sample 0.4 s instead of 1.1 s.
@@ -192,7 +197,7 @@ def output_of(process, name="stdout"):
     return pathlib.Path(process.folder.name, name).read_text(encoding="utf-8")
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=TIMEOUT):
     """Wait for a process of start_script. Returns a CompletedProcess."""
     process.wait(timeout)
     ended = subprocess.CompletedProcess(
@@ -209,7 +214,7 @@ def discard(process):
     process.folder.cleanup()
 
 
-def run_script(script, *flags, timeout=120, **options):
+def run_script(script, *flags, timeout=TIMEOUT, **options):
     """start_script(script, *flags, **options), then finish(). Returns a CompletedProcess."""
     process = start_script(script, *flags, **options)
     try:
@@ -218,7 +223,7 @@ def run_script(script, *flags, timeout=120, **options):
         discard(process)
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=TIMEOUT):
     """Call condition() until its value is true, `process` has ended or `seconds` have passed.
     Returns the last value."""
     deadline = time.monotonic() + seconds

@@ -1,9 +1,11 @@
 """Fixtures: an environment without the network or the user's caches, and runs of the scripts."""
 import os
 
-import pytest
-from common import (PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script,
-                    start_script)
+os.environ["OMP_NUM_THREADS"] = "1"  # before a test imports torch; the tests run in parallel
+
+import pytest  # noqa: E402
+from common import (  # noqa: E402
+    PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script, start_script)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,7 +16,7 @@ def environment(tmp_path_factory):
             del os.environ[name]
     folder = str(tmp_path_factory.mktemp("hf_home"))
     os.environ |= {"HF_HOME": folder, "MPLCONFIGDIR": folder, "HF_HUB_OFFLINE": "1",
-                   "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}  # tests run in parallel
+                   "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @pytest.fixture

@@ -40,3 +40,8 @@ def save_until_second_sigterm(marker):
         original(*arguments)
 
     torch.save = save
+
+
+def variables(values):
+    """Set environment variables. train.py reads some of them when it starts."""
+    os.environ.update(values)

@@ -62,7 +62,7 @@ COLUMNS = {"tokens_per_second": "{:,.0f}", "peak_gib": "{:.2f}", "mfu": "{:.1f}%
 # Runs a training script and counts what train.py and nanoGPT do not. Arguments: a backend of
 # torch.compile, the script, its flags.
 LAUNCHER = """
-import atexit, resource, runpy, sys
+import resource, runpy, sys
 import torch, torch._dynamo
 
 compile_model, compile_graph = torch.compile, torch._dynamo.lookup_backend(sys.argv[1])
@@ -92,9 +92,11 @@ def report():
     print("peak", peak, "calls", *calls.values(), flush=True)
 
 torch.compile = counting_compile
-atexit.register(report)
 del sys.argv[:2]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    report()
 """
 SAMPLE = """
 import sys, time
@@ -140,6 +142,25 @@ def losses(output):
             for i, loss in re.findall(r"^iter (\d+): loss ([-+.\w]+)", output, re.M)}
 
 
+def run_program(arguments, folder, seconds):
+    """Run a Python program in `folder`. Returns its exit status, or None if it was stopped after
+    `seconds`, its stdout and its stderr."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(folder),
+                                "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    stdout, stderr, status = folder / "stdout", folder / "stderr", None
+    with open(stdout, "w") as out, open(stderr, "w") as err, subprocess.Popen(
+            [sys.executable, *map(str, arguments)], cwd=folder, env=environment,
+            stdout=out, stderr=err, start_new_session=True) as process:
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # torchrun's and Inductor's, too
+                os.killpg(process.pid, signal.SIGKILL)
+    return status, stdout.read_text(), stderr.read_text()
+
+
 class Bench:
     """The runs. Their methods return a dict with COLUMNS and "note", or raise Failure."""
 
@@ -175,23 +196,14 @@ class Bench:
         seconds = min(RUN_SECONDS, self.deadline - time.monotonic())
         if seconds < 5:
             raise Failure(f"not run: --minutes={self.flags.minutes:g} are over")
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(self.folder),
-                                    "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache")}
-        stdout, stderr, reason = self.folder / "stdout", self.folder / "stderr", ""
-        with open(stdout, "w") as out, open(stderr, "w") as err, subprocess.Popen(
-                [sys.executable, *map(str, arguments)], cwd=self.folder, env=environment,
-                stdout=out, stderr=err, start_new_session=True) as process:
-            try:
-                if process.wait(seconds):
-                    text = stderr.read_text().strip() or f"exit status {process.returncode}"
-                    errors = re.findall(r"train\.py: .*|[\w.]*(?<!ChildFailed)Error: .*", text)
-                    reason = textwrap.shorten([text.splitlines()[-1], *errors][-1], 200)
-            except subprocess.TimeoutExpired:
-                reason = f"stopped after {seconds:.0f} s"
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # torchrun's and Inductor's, too
-                    os.killpg(process.pid, signal.SIGKILL)
-        return stdout.read_text(), reason
+        status, stdout, stderr = run_program(arguments, self.folder, seconds)
+        if status is None:
+            return stdout, f"stopped after {seconds:.0f} s"
+        if status == 0:
+            return stdout, ""
+        text = stderr.strip() or f"exit status {status}"
+        errors = re.findall(r"train\.py: .*|[\w.]*(?<!ChildFailed)Error: .*", text)
+        return stdout, textwrap.shorten([text.splitlines()[-1], *errors][-1], 200)
 
     def train(self, script=TRAIN, prefix=(), **settings):
         """Run a training script with `settings`. Returns what run() returns."""

@@ -115,7 +115,7 @@ def measure_stages(process, work):
         seconds[stage_of(work)] += now - last
         last = now
     finish(process)
-    seconds["start"], seconds["moving"] = 1, 3.6  # six moves, each slowed down by 0.6 s
+    seconds["start"], seconds["moving"] = 0.3, 3.6  # six moves, each slowed down by 0.6 s
     return seconds
 
 

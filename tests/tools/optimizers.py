@@ -14,7 +14,6 @@ evaluations. Unknown flags are passed to train.py.
 import argparse
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 
@@ -22,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from common import PREPARE, ROOT, TRAIN  # noqa: E402
+from common import PREPARE, ROOT, TRAIN, run_script  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
 from train import read_log  # noqa: E402
@@ -36,10 +35,9 @@ def run(folder, shape, optimizer, rate, seed):
     the seconds of training before each."""
     out = folder / f"{optimizer} {rate} {seed}"
     shape = shape | {"optimizer": optimizer, "learning_rate": rate, "min_lr": rate / 10}
-    ended = subprocess.run(
-        [sys.executable, TRAIN, f"--dataset={folder / 'data'}", f"--out_dir={out}",
-         f"--seed={seed}", *(f"--{name}={value}" for name, value in shape.items())],
-        capture_output=True, text=True)
+    ended = run_script(
+        TRAIN, f"--dataset={folder / 'data'}", f"--out_dir={out}", f"--seed={seed}",
+        *(f"--{name}={value}" for name, value in shape.items()), timeout=None)
     if ended.returncode:
         sys.exit(ended.stderr)
     times = re.findall(r"^iter \d+: loss [\d.]+, time ([\d.]+)ms", ended.stdout, re.MULTILINE)
@@ -93,9 +91,11 @@ def main():
     results, best = {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        subprocess.run(
-            [sys.executable, PREPARE, f"--source={flags.source}", f"--out_dir={folder / 'data'}",
-             f"--test_size={flags.test_size}"], check=True, stdout=subprocess.DEVNULL)
+        ended = run_script(
+            PREPARE, f"--source={flags.source}", f"--out_dir={folder / 'data'}",
+            f"--test_size={flags.test_size}", timeout=None)
+        if ended.returncode:
+            sys.exit(ended.stderr)
         first, *other_seeds = flags.seeds
         for optimizer in "adamw", "muon":
             for rate in flags.rates:

@@ -40,7 +40,6 @@ import argparse
 import concurrent.futures
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -54,7 +53,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from common import PREPARE, ROOT, TRAIN, gpt2  # noqa: E402
+from common import PREPARE, ROOT, TRAIN, gpt2, run_script  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
 from train import GPT, GPTConfig, load_checkpoint, read_log  # noqa: E402
@@ -237,17 +236,13 @@ def main():
         torch.save(initial[seed], folder / "ckpt.pt")
         settings = shape | {"max_iters": iters[name] - 1, "lr_decay_iters": iters[name],
                             "eval_interval": iters[name] // EVALUATIONS}
-        command = [sys.executable, TRAIN, f"--dataset={folder}", f"--out_dir={folder}",
-                   f"--seed={seed}", "--init_from=resume",
-                   *(f"--{flag}={value}" for flag, value in settings.items())]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with subprocess.Popen(command, env=environment, text=True,
-                              stdout=subprocess.PIPE) as process:
-            for line in process.stdout:
-                if line.startswith("iter "):
-                    bar.update(int(shape["log_interval"]))
-        if process.returncode:
-            sys.exit(f"train.py failed with exit status {process.returncode}")
+        ended = run_script(
+            TRAIN, f"--dataset={folder}", f"--out_dir={folder}", f"--seed={seed}",
+            "--init_from=resume", *(f"--{flag}={value}" for flag, value in settings.items()),
+            before=f"import torch; torch.set_num_threads({threads})", timeout=None)
+        if ended.returncode:
+            sys.exit(ended.stderr)
+        bar.update(iters[name])
         bits_per_nat = sum(map(len, val)) / np.log(2) / val_bytes  # from nats per token
         curve = [(record["iter"] * bytes_per_iter[name], record["val/loss"] * bits_per_nat)
                  for record in read_log(folder / "log.jsonl") if "val/loss" in record]
