@@ -592,7 +592,7 @@ def test_documents_do_not_depend_on_batches(batches, rows_per_document, kind, li
     sizes = module.document_sizes(dataset, starts, "document")
     assert sizes.tolist() == [len(document.encode()) for document in documents]
     bounds = [*(starts[i] for i in module.cut(sizes + 1, limit)[:-1]), len(rows)]
-    found = [module.tokenize(pa.table({"first": [first], "last": [last]}), dataset,
+    found = [module.tokenize(pa.table({"start": [first], "end": [last]}), dataset,
                              rows_per_document)["tokens"].to_pylist()
              for first, last in zip(bounds, bounds[1:])]
     assert list(itertools.chain(*found)) == [row_bytes(document) for document in documents]
