@@ -122,7 +122,8 @@ if len(tempfile.gettempdir()) > 70:  # the path of its socket has at most 107 by
     multiprocessing.util.get_temp_dir()
     tempfile.tempdir = long_folder
 FORKSERVER.set_forkserver_preload(["datasets", "torch._dynamo", "torch.distributed.nn",
-                                   "matplotlib.backends.backend_agg", "tiktoken.load"])
+                                   "matplotlib.backends.backend_agg", "matplotlib.figure",
+                                   "tiktoken.load"])
 
 
 def run_as_main(arguments, before, folder):
