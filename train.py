@@ -57,10 +57,10 @@ GPT2_FILES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # transf
 # keys in transformers' config.json and in GPTConfig
 GPT2_ARGS = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
              "n_head": "n_head", "n_embd": "n_embd", "activation_function": "activation_function"}
-# other keys that change the model, with the values that GPT implements
-GPT2_SETTINGS = {"model_type": ["gpt2"], "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
-                 "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
-                 "add_cross_attention": [False], "tie_word_embeddings": [True]}
+# other keys that change the model, with the only values that GPT implements
+GPT2_SETTINGS = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+                 "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+                 "add_cross_attention": False, "tie_word_embeddings": True}
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # of nn.GELU
 MASKS = ".attn.bias", ".attn.masked_bias"  # the causal mask, in files of old versions
 # parameters that transformers stores transposed
@@ -356,13 +356,16 @@ class GPT(nn.Module):
                 folder = pathlib.Path(snapshot_download(
                     f"openai-community/{name}",
                     allow_patterns=["config.json", "model.safetensors"]))
-            settings = json.loads((folder / "config.json").read_text())
-            supported = GPT2_SETTINGS | {"activation_function": list(ACTIVATIONS),
-                                         "n_inner": [None, 4 * settings["n_embd"]]}
-            for key, values in supported.items():
-                if settings.get(key, values[0]) not in values:
+            settings = json.loads((folder / "config.json").read_bytes())
+            required = GPT2_SETTINGS | {"n_inner": 4 * settings["n_embd"]}
+            for key, value in required.items():
+                if settings.get(key) not in (None, value):
                     raise UserError(f"{folder / 'config.json'}: {key}={settings[key]} is not"
-                                    f" supported, only {' or '.join(map(str, values))}")
+                                    f" supported, only {value}")
+            activation = settings["activation_function"]
+            if activation not in ACTIVATIONS:
+                raise UserError(f"{folder / 'config.json'}: activation_function={activation} is not"
+                                f" supported, only {', '.join(ACTIVATIONS)}")
             args = {ours: settings[theirs] for theirs, ours in GPT2_ARGS.items()}
             model = cls(GPTConfig(**args, dropout=dropout, bias=True))
             state = {"transformer." + key.removeprefix("transformer."): tensor
@@ -509,7 +512,8 @@ def load_checkpoint(path, dropout=0.0):
                 raise
             raise UserError(f"{path}: contains a {found[1]}, which is not loaded, since it may run"
                             " code; save Python numbers and tensors instead") from None
-        state = {name.removeprefix("_orig_mod."): tensor  # torch.compile's prefix
+        # torch.compile and DistributedDataParallel add prefixes to the names
+        state = {re.sub(r"^((_orig_mod|module)\.)+", "", name): tensor
                  for name, tensor in checkpoint["model"].items() if not name.endswith(MASKS)}
         # which checkpoints of old versions or of nanoGPT do not have
         args = {"bias": "transformer.ln_f.bias" in state} | checkpoint["model_args"]
@@ -910,12 +914,17 @@ def train(config, given):
 # sampling and export ---------------------------------------------------------
 
 
-def check_vocabulary(model):
-    """Raise UserError if the tokens of `model` are not GPT-2's, for example characters."""
+def check_model(model):
+    """Raise UserError if the tokens of `model` are not GPT-2's, for example characters, or if a
+    weight is not finite, for example after a training that diverged."""
     vocab_size = model.config.vocab_size
     if not GPT2_VOCAB_SIZE <= vocab_size <= 51200:  # padded to a multiple of 1024
         raise UserError(f"the model's vocabulary has {vocab_size} tokens, which are not GPT-2's"
                         f" {GPT2_VOCAB_SIZE}: it cannot be sampled or exported here")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has values that are not finite: the model cannot be sampled or"
+                            " exported; use an earlier checkpoint")
 
 
 @contextlib.contextmanager
@@ -947,10 +956,12 @@ def sample(config, given):
     if config.init_from == "scratch":
         config.init_from = "resume"
     model = init_model(config, given, device)[0].eval()
-    check_vocabulary(model)
+    check_model(model)
     start = config.start
     if start.startswith("FILE:"):
-        start = pathlib.Path(start[5:]).read_text(encoding="utf-8")
+        with user_error(f"--start={start}: not a text file in UTF-8"):
+            path = pathlib.Path(start[5:]).expanduser()
+            start = path.read_text(encoding="utf-8-sig")
     with gpt2_files():
         encoding = get_encoding("gpt2")
     ids = encoding.encode(start, allowed_special="all") or [encoding.eot_token]
@@ -967,19 +978,28 @@ def export(config, given):
     from safetensors.torch import save_file
     from tiktoken.load import read_file_cached
     folder = pathlib.Path(config.export).absolute()
-    model, _ = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"))
-    check_vocabulary(model)
+    model, checkpoint = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"))
+    check_model(model)
     args = dataclasses.replace(model.config, bias=True, vocab_size=GPT2_VOCAB_SIZE)
     state = GPT(args).state_dict()  # with biases, all 0
     for name, tensor in model.state_dict().items():
         state[name].copy_(tensor[:len(state[name])])
     del state["lm_head.weight"]  # tied to wte
+    # GPT-2's files on the Hub have these names and keys; llama.cpp and mlx-lm need them
+    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    dropout = checkpoint["model_args"].get("dropout", 0.0)
+    model_config = {"architectures": ["GPT2LMHeadModel"], **GPT2_SETTINGS,
+                    **{theirs: getattr(args, ours) for theirs, ours in GPT2_ARGS.items()},
+                    "n_ctx": args.block_size,
+                    "bos_token_id": GPT2_VOCAB_SIZE - 1, "eos_token_id": GPT2_VOCAB_SIZE - 1,
+                    "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    tokenizer_config = {"model_max_length": args.block_size,
+                        "clean_up_tokenization_spaces": False}
     new = folder.with_name(folder.name + ".new")
     new.mkdir(parents=True, exist_ok=True)
     try:
-        (new / "config.json").write_text(json.dumps(
-            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-            | {theirs: getattr(args, ours) for theirs, ours in GPT2_ARGS.items()}))
+        (new / "config.json").write_text(json.dumps(model_config))
+        (new / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
         save_file(transposed(state), new / "model.safetensors", {"format": "pt"})
         shutil.copymode(new / "config.json", new / "model.safetensors")  # others can read it
         with gpt2_files():
@@ -987,7 +1007,10 @@ def export(config, given):
                         for name, new_name in GPT2_FILES.items()}
         for name, content in contents.items():
             (new / name).write_bytes(content)
-        os.replace(new, folder)  # fails if folder has content
+        with user_error(f"--export={config.export}: not a new or empty folder"):
+            if folder.exists():
+                folder.rmdir()  # Windows cannot replace even an empty one
+            os.replace(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
