@@ -72,6 +72,16 @@ def oracle(rows, test_size=0.0005, seed=2357, shuffle=True):
     return tuple(b"".join(row_bytes(rows[i]) for i in split) for split in (train, val))
 
 
+def rows_to_keep(rows, n):
+    """The numbers of the `rows` that are not in a run of at least `n` rows that occurred before, at
+    an earlier row."""
+    first, dropped = {}, set()
+    for i in range(len(rows) - n + 1):
+        if first.setdefault(tuple(rows[i:i + n]), i) < i:
+            dropped.update(range(i, i + n))
+    return [i for i in range(len(rows)) if i not in dropped]
+
+
 def bins(folder):
     """The bytes of train.bin and val.bin in `folder`."""
     return (folder / "train.bin").read_bytes(), (folder / "val.bin").read_bytes()

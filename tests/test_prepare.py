@@ -9,10 +9,12 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import random
 import shutil
 import sys
 import tarfile
+import tempfile
 
 import datasets
 import numpy as np
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 from common import (PREPARE, SAMPLE, SENTENCES, adversarial_rows, bins, gpt2, oracle, row_bytes,
-                    write_jsonl, write_parquet)
+                    rows_to_keep, write_jsonl, write_parquet)
 from hub import serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -500,7 +502,8 @@ def test_replaced_file_with_the_same_time(prepare, tmp_path):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1), st.integers(1, 50))
 def test_cut(sizes, limit):
-    bounds = module.cut(np.array(sizes, np.int32), limit)
+    bounds, sums = module.cut(np.array(sizes, np.int32), limit)
+    assert sums.tolist() == [sum(sizes[:bound]) for bound in bounds]
     parts = [sizes[low:high] for low, high in zip(bounds, bounds[1:])]
     assert list(itertools.chain(*parts)) == sizes and bounds[0] == 0
     assert all(part and sum(part[1:]) <= limit for part in parts)
@@ -591,7 +594,8 @@ def test_documents_do_not_depend_on_batches(batches, rows_per_document, kind, li
     dataset = datasets.Dataset(table).with_format("arrow")
     sizes = module.document_sizes(dataset, starts, "document")
     assert sizes.tolist() == [len(document.encode()) for document in documents]
-    bounds = [*(starts[i] for i in module.cut(sizes + 1, limit)[:-1]), len(rows)]
+    parts, _ = module.cut(sizes + 1, limit)
+    bounds = [*(starts[i] for i in parts[:-1]), len(rows)]
     found = [module.tokenize(pa.table({"start": [first], "end": [last]}), dataset,
                              rows_per_document)["tokens"].to_pylist()
              for first, last in zip(bounds, bounds[1:])]
@@ -713,6 +717,72 @@ def test_document_flags_exclude_each_other_and_are_part_of_the_origin(prepare, r
     assert "rows_per_document: 1, now 2" in refused(*flags, "--rows_per_document=2")
 
 
+# repeated rows ---------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["", "a", "b", "c d", "\u00e9"]), max_size=9)),
+       st.integers(1, 20), st.lists(st.tuples(*[st.integers(0, 40)] * 3), max_size=4))
+def test_repeated_rows_of_random_batches(batches, n, copies):
+    """Some with parts that were inserted again, which can overlap and end anywhere in a batch."""
+    for start, end, place in copies:
+        rows = list(itertools.chain(*batches))[start:end]
+        batches.insert(min(place, len(batches)), rows)
+    schema = pa.schema([("text", pa.string())])
+    table = pa.Table.from_batches(
+        [pa.record_batch([pa.array(batch, pa.string())], schema) for batch in batches], schema)
+    with tempfile.TemporaryDirectory() as work:
+        kept = module.drop_repeated(datasets.Dataset(table), ["text"], n, pathlib.Path(work))
+        kept = kept.data["text"].to_pylist()
+    rows = list(itertools.chain(*batches))
+    assert kept == [rows[i] for i in rows_to_keep(rows, n)]
+
+
+REPEATED = [*SENTENCES[:200], *ADVERSARIAL[:300], *SENTENCES[20:120], "new", *ADVERSARIAL[100:110],
+            *SENTENCES[190:300], *SENTENCES[20:120], *ADVERSARIAL[:20]]
+
+
+@pytest.mark.parametrize("n, flags, options", [
+    (1, [], {}), (16, ["--shuffle=False", "--num_proc=3"], {"shuffle": False}),
+    (16, ["--rows_per_document=7"], {}), (100, ["--document_column=book"], {}), (10**6, [], {})])
+def test_drop_repeated(prepare, tmp_path, n, flags, options):
+    """In three files, so that a repeated run goes on in the next file."""
+    books = [i // 150 for i in range(len(REPEATED))]
+    for part in range(3):
+        rows = slice(part * 350, (part + 1) * 350)
+        pq.write_table(pa.table({"text": REPEATED[rows], "book": books[rows]}),
+                       tmp_path / f"{part}.parquet", row_group_size=60)
+    ended = prepare(f"--source={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--test_size=0.2",
+                    f"--drop_repeated={n}", *flags)
+    assert ended.returncode == 0, ended.stderr
+    numbers = rows_to_keep(REPEATED, n)
+    n_dropped = len(REPEATED) - len(numbers)
+    kept = [REPEATED[i] for i in numbers]
+    if "--document_column=book" in flags:
+        kept = join(kept, [books[i] for i in numbers])
+    if "--rows_per_document=7" in flags:
+        kept = join(kept, [i // 7 for i in range(len(kept))])
+    assert bins(tmp_path / "out") == oracle(kept, test_size=0.2, **options)
+    line = (f"- rows dropped by --drop_repeated={n}: {n_dropped:,} of {len(REPEATED):,}"
+            f" ({n_dropped / len(REPEATED):.1%})\n")
+    assert line in ended.stdout and (n_dropped > 0) == (n < 10**6)
+
+
+def test_drop_repeated_on_the_hub(prepare, refused, tmp_path):
+    """And the setting is part of the origin."""
+    files = {"rows.parquet": write_parquet(tmp_path / "rows", REPEATED).read_bytes()}
+    with serve(files, "some/books") as hub:
+        environment = hub.environment(tmp_path)
+        flags = "--source=some/books", f"--out_dir={tmp_path}"
+        ended = prepare(*flags, "--drop_repeated=16", **environment)
+        assert ended.returncode == 0, ended.stderr
+        assert bins(tmp_path) == oracle([REPEATED[i] for i in rows_to_keep(REPEATED, 16)])
+        assert "drop_repeated: 16, now None" in refused(*flags, **environment)
+        assert prepare(*flags, "--overwrite=True", **environment).returncode == 0
+        assert "drop_repeated: None, now 16" in refused(*flags, "--drop_repeated=16", **environment)
+    assert bins(tmp_path) == oracle(REPEATED)
+
+
 # statistics ------------------------------------------------------------------
 
 
@@ -736,7 +806,7 @@ def test_summary_and_stats(prepare, tmp_path):
     assert stats["origin"] == {"source": str(SAMPLE), "size": SAMPLE.stat().st_size,
                                "test_size": 0.0005, "seed": 2357, "shuffle": True,
                                "rows_per_document": 1, "document_column": ""}
-    assert stats["seconds"] > 0
+    assert stats["seconds"] > 0 and "dropped" not in ended.stdout
     assert f"python train.py --dataset={tmp_path}" in ended.stdout
     for stage in "Tokenizing", "Writing train.bin":
         assert stage in ended.stderr
@@ -949,7 +1019,8 @@ def test_one_bad_file_of_four(refused, tmp_path, ending):
     ("--sed=3", "unrecognized arguments: --sed=3"), ("stray", "stray"),
     ("--seed", "expected one argument"),
     ("--document_column=text", "the column of the text itself"),
-    ("--rows_per_document=0", "--rows_per_document=0 is out of range")])
+    ("--rows_per_document=0", "--rows_per_document=0 is out of range"),
+    ("--drop_repeated=-1", "--drop_repeated=-1 is out of range")])
 def test_bad_flags(monkeypatch, capsys, flag, message):
     monkeypatch.setattr(sys, "argv", ["prepare.py", flag])
     with pytest.raises(SystemExit) as ended:
@@ -975,9 +1046,9 @@ def test_bad_flag_ends_the_run(refused, tmp_path):
 def test_help(prepare):
     words = prepare("--help").stdout
     for flag in ("source", "out_dir", "test_size", "seed", "shuffle", "rows_per_document",
-                 "document_column", "num_proc", "overwrite"):
+                 "drop_repeated", "document_column", "num_proc", "overwrite"):
         assert f"--{flag}" in words
-    assert words.count("(default:") == 9
+    assert words.count("(default:") == 10
 
 
 def test_out_dir_is_a_file(refused, tmp_path):

@@ -83,6 +83,8 @@ def parse_flags():
     add("--seed", type=int, default=2357, help="seed of the shuffle")
     add("--shuffle", choices=("True", "False"), default="True",
         help="False: keep order; last rows in val.bin")
+    add("--drop_repeated", type=int, default=0,
+        help="drop rows in runs of at least so many rows that occurred before; 0: keep all")
     add("--rows_per_document", type=int, default=1, help="number of consecutive rows to join")
     add("--document_column", default="", help="join consecutive rows with the same value in it")
     add("--num_proc", type=int, default=min(cpus, 60),  # Windows waits for at most 61 processes
@@ -92,6 +94,7 @@ def parse_flags():
     flags = parser.parse_args()
     flags.shuffle, flags.overwrite = flags.shuffle == "True", flags.overwrite == "True"
     for name, valid in (("test_size", 0 < flags.test_size < 1), ("seed", flags.seed >= 0),
+                        ("drop_repeated", flags.drop_repeated >= 0),
                         ("rows_per_document", flags.rows_per_document >= 1),
                         ("num_proc", flags.num_proc >= 1)):
         if not valid:
@@ -133,6 +136,9 @@ def prepare(flags, files, work):
             rows = load_files(files, columns, work)
         else:
             rows = load_from_hub(flags.source, columns, work)
+        n_loaded = len(rows)
+        if flags.drop_repeated:
+            rows = drop_repeated(rows, columns, flags.drop_repeated, work)
 
     # a document is a range of rows; without these two flags, each row is a document
     unit = "document" if flags.document_column or flags.rows_per_document > 1 else "row"
@@ -160,26 +166,20 @@ def prepare(flags, files, work):
     with errors_in(f"--out_dir={flags.out_dir}: writing"):
         stats = write_splits(work, tokenized.data["tokens"].chunks, train, val, flags.num_proc,
                              unit)
+    if flags.drop_repeated:
+        n_dropped = n_loaded - len(rows)
+        stats[f"rows dropped by --drop_repeated={flags.drop_repeated}"] = (
+            f"{n_dropped:,} of {n_loaded:,} ({n_dropped / n_loaded:.1%})")
     n_tokens = stats["train"]["tokens"] + stats["val"]["tokens"]
     return stats | {"bytes of text per token": round(text_bytes / n_tokens, 3)}
 
 
 def load_files(files, columns, work):
-    """Write `columns` of all local `files`, as strings, to an Arrow file. Returns its Dataset."""
-    path, total = str(work / "text.arrow"), sum(map(os.path.getsize, files))
-    schema = pa.schema([(name, pa.large_string()) for name in columns])
-    with (pa.ipc.new_stream(path, schema) as out,
-          tqdm(total=total, desc="Reading", unit="B", unit_scale=True) as bar):
-        small, size = [], 0  # small batches are written as one
-        for batch in itertools.chain(*(read_file(file, columns, bar) for file in files)):
-            if size > 1 << 20:
-                out.write_table(pa.Table.from_batches(small).combine_chunks())
-                small, size = [], 0
-            small.append(batch)
-            size += batch.nbytes
-        out.write_table(pa.Table.from_batches(small, schema).combine_chunks())
-    pa.default_memory_pool().release_unused()  # of the readers: 0.6 GB at full size
-    return datasets.Dataset.from_file(path).with_format("arrow")
+    """Load `columns` of all local `files` as strings. Returns a Dataset."""
+    total = sum(map(os.path.getsize, files))
+    with tqdm(total=total, desc="Reading", unit="B", unit_scale=True) as bar:
+        batches = itertools.chain(*(read_file(file, columns, bar) for file in files))
+        return write_rows(batches, columns, work / "text.arrow")
 
 
 def load_from_hub(name, columns, work):
@@ -203,6 +203,62 @@ def load_from_hub(name, columns, work):
     return rows.select_columns(columns).with_format("arrow")
 
 
+def write_rows(batches, columns, path):
+    """Write pa.RecordBatches of `columns`, large strings, to an Arrow file. Returns its Dataset."""
+    schema = pa.schema([(name, pa.large_string()) for name in columns])
+    with pa.ipc.new_stream(str(path), schema) as out:
+        small, size = [], 0  # small batches are written as one
+        for batch in batches:
+            if size > 1 << 20:
+                out.write_table(pa.Table.from_batches(small).combine_chunks())
+                small, size = [], 0
+            small.append(batch)
+            size += batch.nbytes
+        out.write_table(pa.Table.from_batches(small, schema).combine_chunks())
+    pa.default_memory_pool().release_unused()  # of the readers: 0.6 GB at full size
+    return datasets.Dataset.from_file(str(path)).with_format("arrow")
+
+
+def drop_repeated(rows, columns, n, work):
+    """A Dataset of the rows that are not in a run of at least `n` rows of the Dataset `rows` that
+    occurred before, at an earlier row. Runs with the same hash are taken for equal: among the 74
+    million of BookCorpus, two different ones have the same hash with a probability of 1 in 7,000.
+    """
+    batches = rows.data.to_batches()
+    first_rows = np.cumsum([0, *map(len, batches)])
+    sums = np.zeros(len(rows) + 1, np.uint64)
+    bar = tqdm(batches, desc="Finding repeated rows", unit=" batches")
+    for batch, first in zip(bar, first_rows):
+        hashes = map(hash, get_strings(batch, "text", first).to_pylist())
+        sums[first + 1:first + 1 + len(batch)] = np.fromiter(hashes, np.int64, len(batch))
+    # the hash of a run is that of Rabin and Karp (1987): the sum of hash(row) * base**position,
+    # modulo 2**64, as a difference of two sums from row 0 on
+    powers = np.full(len(sums), 0x9E3779B97F4A7C15, np.uint64)
+    np.cumprod(powers, out=powers)
+    sums *= powers
+    np.cumsum(sums, out=sums)
+    runs = sums[n:] - sums[:-n]
+    runs *= powers[::-1][:len(runs)]  # so that the position of the run does not matter
+    del sums, powers
+
+    depth = np.zeros(len(rows) + 1, np.int32)  # +1 where a repeated run starts, -1 after its end
+    for part in range(16):  # of the numbers: sorting a part at a time saves 1 GB at full size
+        starts = np.flatnonzero(runs >> np.uint64(60) == part)
+        starts = starts[np.argsort(runs[starts], kind="stable")]
+        repeated = starts[1:][runs[starts[1:]] == runs[starts[:-1]]]  # all but the first
+        depth[repeated] += 1
+        depth[repeated + n] -= 1
+    kept = np.cumsum(depth[:-1], dtype=np.int32) == 0
+
+    def kept_batches():
+        for batch, first in zip(batches, first_rows):
+            strings = [get_strings(batch, name, first) for name in columns]
+            rows_to_keep = pa.array(kept[first:first + len(batch)])
+            yield pa.record_batch(strings, columns).filter(rows_to_keep)
+
+    return write_rows(kept_batches(), columns, work / "kept.arrow")
+
+
 def document_starts(rows, rows_per_document):
     """The numbers of the rows of a table with which a document begins: the first of
     `rows_per_document` rows, or of rows with the same key. The key is in the second column."""
@@ -216,12 +272,12 @@ def document_starts(rows, rows_per_document):
 def document_sizes(rows, starts, unit):
     """The bytes of text of each document, an int32 array. Raises ValueError for rows of the Dataset
     `rows` that are not text and for a document that is too long."""
-    sizes, first_row = [], 0
+    sizes = np.empty(len(rows), np.int32)
+    first_row = 0
     for batch in rows.data.to_batches():
         row_sizes = np.diff(offsets(get_strings(batch, "text", first_row)))
-        sizes.append(np.minimum(row_sizes, DOCUMENT_BYTES + 1).astype(np.int32))
+        sizes[first_row:first_row + len(batch)] = np.minimum(row_sizes, DOCUMENT_BYTES + 1)
         first_row += len(batch)
-    sizes = np.concatenate(sizes)
     if len(starts) < len(sizes):  # rows are joined with a space
         sizes = np.add.reduceat(sizes + 1, starts, dtype=np.int64) - 1
     if sizes.max() > DOCUMENT_BYTES:
@@ -244,7 +300,7 @@ def split(n, flags):
     rows = RowNumbers(pa.table({"row": pa.nulls(n)}), fingerprint="rows")
     splits = rows.train_test_split(flags.test_size, seed=flags.seed, shuffle=flags.shuffle,
                                    load_from_cache_file=False)
-    return [splits[name].data["row"].to_numpy().astype(np.min_scalar_type(n))
+    return [splits[name].data["row"].chunk(0).to_numpy().astype(np.min_scalar_type(n))
             for name in ("train", "test")]
 
 
@@ -254,17 +310,22 @@ def row_ranges(rows, starts, sizes, num_proc):
     rows, does not limit the bytes. Each worker process gets about four ranges or more."""
     sizes = sizes + 1  # an empty document also takes memory
     limit = min(BATCH_BYTES, 1 + int(sizes.sum(dtype=np.int64)) // (4 * num_proc))
-    bounds = [starts[i] for i in cut(sizes, limit)[:-1]]
+    documents, _ = cut(sizes, limit)
+    bounds = [starts[i] for i in documents[:-1]]
     ranges = datasets.Dataset.from_dict({"start": bounds, "end": [*bounds[1:], len(rows)]})
     return ranges.with_format("arrow")
 
 
 def cut(sizes, limit):
     """Cut elements with these `sizes` into parts whose sum is about `limit`: without its first
-    element, at most `limit`. Returns the bounds of the parts, from 0 to the number of elements."""
-    ends = np.cumsum(sizes, dtype=np.int64)
-    inner = np.searchsorted(ends, np.arange(limit, ends[-1], limit))
-    return np.unique([0, *inner, len(ends)])
+    element, at most `limit`. Returns the bounds of the parts, from 0 to the number of elements, and
+    the sum of the elements before each bound."""
+    total = int(sizes.sum(dtype=np.int64))
+    ends = sizes.astype(np.min_scalar_type(total))  # 32 bits if possible, and no second array
+    np.cumsum(ends, out=ends)
+    inner = np.searchsorted(ends, np.arange(limit, total, limit).astype(ends.dtype))
+    bounds = np.unique([0, *inner, len(ends)])
+    return bounds, np.array([0, *ends[bounds[1:] - 1].tolist()])
 
 
 @functools.cache
@@ -404,8 +465,7 @@ def write(path, chunks, numbers, lengths, known, pool, unit):
              f"tokens per {unit}, longest": int(lengths.max())}
     allocate(path, stats["bytes"])
     out = np.memmap(path, TOKEN, mode="r+")
-    bounds = cut(lengths, SHARD_BYTES // TOKEN.itemsize)
-    token_bounds = np.cumsum([0, *np.add.reduceat(lengths, bounds[:-1], dtype=np.int64)])
+    bounds, token_bounds = cut(lengths, SHARD_BYTES // TOKEN.itemsize)
 
     def write_shard(low, high, start, end):
         shard = take(chunks, numbers[low:high])
@@ -482,8 +542,8 @@ def refuse_to_replace(out_dir, origin):
         return
     try:
         made_from = dict(json.loads((out_dir / "stats.json").read_text("utf-8"))["origin"])
-        changes = [f"{key}: {made_from.get(key)!r}, now {value!r}" for key, value in origin.items()
-                   if made_from.get(key) != value]
+        changes = [f"{key}: {made_from.get(key)!r}, now {origin.get(key)!r}"
+                   for key in made_from | origin if made_from.get(key) != origin.get(key)]
     except (OSError, ValueError, LookupError, TypeError):
         changes = ["unknown data"]
     if changes:
@@ -826,6 +886,8 @@ def run(flags):
                   "test_size": flags.test_size, "seed": flags.seed, "shuffle": flags.shuffle,
                   "rows_per_document": flags.rows_per_document,
                   "document_column": flags.document_column}
+        if flags.drop_repeated:  # which earlier versions did not have
+            origin["drop_repeated"] = flags.drop_repeated
     if not flags.overwrite:
         refuse_to_replace(flags.out_dir, origin)
     folder, failure = flags.out_dir / ".prepare", None
