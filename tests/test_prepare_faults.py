@@ -469,7 +469,8 @@ def start_until(start, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("number, method", [
-    (signal.SIGINT, "fork"), (signal.SIGTERM, "fork"), (signal.SIGINT, "spawn")])
+    (signal.SIGINT, "fork"), (signal.SIGTERM, "fork"), (signal.SIGINT, "spawn"),
+    (signal.SIGHUP, "fork")])
 def test_stopped_by_a_signal(start_until, prepare, tmp_path, number, method):
     out = tmp_path / "out"
     prepare(f"--source={SAMPLE}", f"--out_dir={out}")
@@ -485,6 +486,15 @@ def test_stopped_by_a_signal(start_until, prepare, tmp_path, number, method):
     assert "Traceback" not in ended.stderr and "prepare.py:" not in ended.stderr
     assert group_has_ended(process.pid)
     assert bins(out) == before and not (out / ".prepare").exists()
+
+
+def test_nohup(start_until, corpus, tmp_path):
+    process = start_until("tokenizing", before=(
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"))
+    process.send_signal(signal.SIGHUP)
+    ended = finish(process)
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path / "out") == oracle(corpus[1])
 
 
 @pytest.mark.parametrize("moment", ["before", "after_in_parent"])
@@ -635,7 +645,7 @@ def test_publish_is_all_or_nothing(monkeypatch, tmp_path, n_moves, fault):
             raise fault
         replace(*paths)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in module.STOP_SIGNALS}
     monkeypatch.setattr(module.os, "replace", replace_or_fail)
     try:
         module.publish(work, tmp_path)

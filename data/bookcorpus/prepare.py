@@ -61,6 +61,8 @@ CACHE_BYTES = 16 << 20  # cached tokens per worker process: about 1.3 million wo
 SHARD_BYTES = 16 << 20  # tokens per write
 OVERLAP_ROWS = 100_000  # validation rows that are looked up in the training split, at most
 OVERLAP_TOKENS = 32 << 20  # and their tokens
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if hasattr(signal, name)]  # Windows has no SIGHUP, which a closed terminal sends
 BLOCK_BYTES = 16 << 20  # bytes (.txt and .csv: characters) that are read at a time
 
 
@@ -554,7 +556,7 @@ def refuse_to_replace(out_dir, origin):
 def publish(work, out_dir):
     """Move the old files to work/old, then the new ones to `out_dir`. An OSError undoes all moves.
     SIGKILL can leave files missing, but never mixes old and new ones."""
-    for number in signal.SIGINT, signal.SIGTERM:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     names, old = ["train.bin", "val.bin", "stats.json"], work / "old"
     old.mkdir()
@@ -836,9 +838,9 @@ def start_child(_=None):
 
 @contextlib.contextmanager
 def child_processes(folder):
-    """In the `with` block, Ctrl-C and SIGTERM end the processes that `datasets` starts, worker
-    processes and their manager, remove `folder` and exit. At its end, `folder` is removed, and
-    nothing of this is left in the process, which may be that of a notebook."""
+    """In the `with` block, Ctrl-C, SIGTERM and a closed terminal end the processes that `datasets`
+    starts, worker processes and their manager, remove `folder` and exit. At its end, `folder` is
+    removed, and nothing of this is left in the process, which may be that of a notebook."""
     main_process = os.getpid()
     temporary_folder = tempfile.tempdir
     if len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp"):
@@ -857,7 +859,10 @@ def child_processes(folder):
             shutil.rmtree(sockets, ignore_errors=True)
         os._exit(128 + number)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in handlers.items():
+        if number in (signal.SIGINT, signal.SIGTERM) or handler != signal.SIG_IGN:  # not nohup
+            signal.signal(number, stop)
     multiprocess.util.register_after_fork(stop, start_child)  # until `stop` is freed
     start_method = multiprocess.get_start_method(allow_none=True)
     if sys.platform == "darwin":  # where fork is the default of multiprocess, but not safe
