@@ -153,6 +153,25 @@ def initial_checkpoint(shape, vocab_size, seed):
             **{name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
 
 
+def train_model(folder, train, val, initial, settings, threads, bar):
+    """Run train.py in the new folder `folder`, on the lists of documents `train` and `val`, from
+    the checkpoint `initial`, with the flags `settings`. `bar` counts the iterations. Returns the
+    records of the log and the model."""
+    folder.mkdir()
+    np.concatenate(train).tofile(folder / "train.bin")
+    np.concatenate(val).tofile(folder / "val.bin")
+    torch.save(initial, folder / "ckpt.pt")
+    ended = run_script(
+        TRAIN, f"--dataset={folder}", f"--out_dir={folder}", "--init_from=resume",
+        *(f"--{flag}={value}" for flag, value in settings.items()),
+        before=f"import torch; torch.set_num_threads({threads})", timeout=None)
+    if ended.returncode:
+        sys.exit(ended.stderr)
+    bar.update(int(settings["max_iters"]) + 1)
+    model = load_checkpoint(folder / "ckpt.pt")[0].to(DEVICE).eval()
+    return read_log(folder / "log.jsonl"), model
+
+
 def sample(model, encoding, prompt, n_tokens, seed):
     """`prompt`, which begins a document, and `n_tokens` sampled tokens as text."""
     ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
@@ -227,26 +246,17 @@ def main():
 
     def run(name, seed):
         """Train and evaluate. Returns a dict with the bits per byte and the model."""
-        folder, (train, val) = work / f"{name} {seed}", data[name]
-        folder.mkdir()
+        train, val = data[name]
         if name == "shuffled":
             train = shuffle(train, seed)
-        np.concatenate(train).tofile(folder / "train.bin")
-        np.concatenate(val).tofile(folder / "val.bin")
-        torch.save(initial[seed], folder / "ckpt.pt")
-        settings = shape | {"max_iters": iters[name] - 1, "lr_decay_iters": iters[name],
+        settings = shape | {"seed": seed, "max_iters": iters[name] - 1,
+                            "lr_decay_iters": iters[name],
                             "eval_interval": iters[name] // EVALUATIONS}
-        ended = run_script(
-            TRAIN, f"--dataset={folder}", f"--out_dir={folder}", f"--seed={seed}",
-            "--init_from=resume", *(f"--{flag}={value}" for flag, value in settings.items()),
-            before=f"import torch; torch.set_num_threads({threads})", timeout=None)
-        if ended.returncode:
-            sys.exit(ended.stderr)
-        bar.update(iters[name])
+        records, model = train_model(work / f"{name} {seed}", train, val, initial[seed], settings,
+                                     threads, bar)
         bits_per_nat = sum(map(len, val)) / np.log(2) / val_bytes  # from nats per token
         curve = [(record["iter"] * bytes_per_iter[name], record["val/loss"] * bits_per_nat)
-                 for record in read_log(folder / "log.jsonl") if "val/loss" in record]
-        model = load_checkpoint(folder / "ckpt.pt")[0].to(DEVICE).eval()
+                 for record in records if "val/loss" in record]
         found, positions = evaluate(model, val, sentences[1], val_bytes)
         bar.write(f"{name}, seed {seed}, bits per byte: " + ", ".join(
             f"{evaluation} {bits:.3f}" for evaluation, bits in found.items()), file=sys.stderr)
