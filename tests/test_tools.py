@@ -1,4 +1,5 @@
 """The output of the programs in tests/tools."""
+import collections
 import functools
 import json
 import re
@@ -16,6 +17,7 @@ TOOLS = ROOT / "tests" / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench_train  # noqa: E402
 import order  # noqa: E402
+import repeats  # noqa: E402
 
 IDS = np.frombuffer(b"".join(map(row_bytes, SENTENCES)), "<u2")
 PNG = b"\x89PNG"
@@ -261,3 +263,36 @@ def test_faults():
     # a random time after the start, in any stage
     assert re.fullmatch(r"prepare.py, \w+: SIGKILL to the process group", fault) and count == "1"
     assert others == [["row of 0.1 MB compared with the oracle", "1"], ["failed checks", "0"]]
+
+
+def test_repeats_experiment(tmp_path):
+    rows = [f"{SENTENCES[i % len(SENTENCES)]} {i}" for i in range(2000)]
+    books = [rows[i:i + 18] for i in range(0, 2000, 20)]
+    corpus, held_out = repeats.make_corpus(rows, 18, seed=1)
+    assert held_out == [row for book in books[90:] for row in book]
+    copies = [corpus.count(book[0]) for book in books[:90]]
+    assert collections.Counter(copies) == {1: 54, 2: 26, 3: 8, 4: 1, 5: 1}
+    firsts = range(0, len(corpus), 18)
+    assert len(firsts) == sum(copies) == 139
+    assert all(corpus[first:first + 18] in books[:90] for first in firsts)
+
+    source = write_parquet(tmp_path / "rows.parquet", rows)
+    output = run_tool(
+        "repeats.py", f"--source={source}", "--rows_per_book=18", "--seeds=1", "--iters=2",
+        "--vocabulary=300", "--block_size=64", "--batch_size=4", "--n_layer=1", "--n_embd=16",
+        "--warmup_iters=1", "--eval_iters=1")
+    header, _, *cells = table_rows(output)
+    assert header == ["", "with repeats", "--drop_repeated=16", "difference"]
+    table = {name: [float(cell.split(" ± ")[0]) for cell in values] for name, *values in cells}
+    assert table["rows, in thousands"] == [2.502, 1.62, -0.882]  # 139, 90 and 49 books
+    repeated, dropped, _ = table["validation rows that also occur in the training split, percent"]
+    assert repeated > dropped == 0
+    tokens = 1000 * table["tokens of the training split, in thousands"][1]
+    assert table["passes over the training split"][1] == pytest.approx(2 * 256 / tokens, abs=1e-3)
+    encoding = order.tokenizer(300)
+    n_tokens, n_held_out = (sum(map(len, order.tokenize(part, encoding)))
+                            for part in (sum(books[:90], []), held_out))
+    assert tokens == pytest.approx(0.95 * n_tokens, rel=0.02)
+    bits = np.log2(300) * n_held_out / order.text_bytes(held_out)
+    assert table["held-out books, bits per byte"][:2] == pytest.approx([bits] * 2, abs=0.3)
+    assert table["own validation split, bits per byte"][:2] == pytest.approx([bits] * 2, abs=0.5)
