@@ -41,14 +41,14 @@ import torch.distributed as dist
 import torch.distributed.nn  # if imported after init_process_group, gloo's threads stay alive
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 ROOT = pathlib.Path(__file__).resolve().parent
 # torchrun sets both; one of them alone is left over from another job
-IN_JOB = all(map(os.environ.get, ("RANK", "WORLD_SIZE")))
-WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_JOB else 1
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
-SIGNALS = []  # SIGINT, SIGTERM or SIGHUP, once received: train() saves and stops
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if hasattr(signal, name)]  # Windows has no SIGHUP
+SIGNALS = []  # those received: train() saves and stops
 EVAL_SEED = 0, 2**32 - 1  # the seed and an iteration that training never reaches
 MODEL_FLAGS = "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"  # in GPTConfig, too
 GPT2_VOCAB_SIZE = 50257  # without padding
@@ -102,23 +102,30 @@ def positive_int(text):
     return nonnegative_int(text, low=1)
 
 
+def path(text):
+    """`text` with a home folder for ~, which bash leaves as it is in --out_dir=~/model."""
+    if "://" in text:  # not a file system, but a URL
+        raise ValueError
+    return os.path.expanduser(text)
+
+
 @dataclasses.dataclass
 class Config:
     """The flags: name, function that parses the value, default, help."""
     # output
-    out_dir: str = "out"  # folder for ckpt.pt, log.jsonl and loss.png
+    out_dir: path = "out"  # folder for ckpt.pt, log.jsonl and loss.png
     eval_interval: positive_int = 2000  # iterations between evaluations
     log_interval: positive_int = 1  # iterations between lines of output
     eval_iters: nonnegative_int = 200  # batches per evaluation; 0: all full sequences of val.bin
     eval_only: boolean = False  # exit after the first evaluation and write nothing
     always_save_checkpoint: boolean = True  # False: save only if the val loss improved
-    init_from: str = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
+    init_from: path = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
     # wandb
     wandb_log: boolean = False  # log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # name of the project
     wandb_run_name: str = "gpt2"  # name of the run
     # data
-    dataset: str = "bookcorpus"  # name of a folder in data/, or a path
+    dataset: path = "bookcorpus"  # name of a folder in data/, or a path
     gradient_accumulation_steps: positive_int = 40  # micro-batches per iteration, of all processes
     batch_size: positive_int = 12  # sequences per micro-batch
     block_size: positive_int = 1024  # tokens per sequence
@@ -143,9 +150,9 @@ class Config:
     min_lr: nonnegative_float = 6e-5  # minimum learning rate
     # system
     backend: str = "auto"  # nccl, gloo; auto: nccl for GPUs, gloo for CPUs
-    device: str = "auto"  # auto: the available accelerator (cuda, mps, ...), else cpu
+    device: str = "auto"  # auto: cuda or mps if available, else cpu
     dtype: str = "auto"  # auto: bfloat16 or, on older GPUs, float16; float32 without cuda
-    compile: boolean = None  # use torch.compile for training; by default on GPUs since V100
+    compile: boolean = None  # use torch.compile for training; by default where Triton works
     seed: nonnegative_int = 1337  # random seed
     # sampling and export
     sample: boolean = False  # generate text from the checkpoint in out_dir instead of training
@@ -154,7 +161,7 @@ class Config:
     max_new_tokens: positive_int = 500  # tokens to generate per sample
     temperature: nonnegative_float = 0.8  # 0.0: greedy; below 1.0: less random, above: more
     top_k: positive_int = 200  # sample from the top_k most likely tokens
-    export: str = ""  # save the checkpoint in out_dir as a transformers model in this folder
+    export: path = ""  # save the checkpoint in out_dir as a transformers model in this folder
 
 
 CHOICES = {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16", "float16")}
@@ -185,11 +192,11 @@ def explain(error):
                 f" --block_size or model ({line})")
     if isinstance(error, (UserError, OSError, UnicodeError, ImportError)):
         return line
-    if isinstance(error, RuntimeError):  # torch has no public classes for these
-        if re.search("dynamo|inductor|torch.compile", f"{type(error)} {line}", re.IGNORECASE):
-            return f"the model cannot be compiled here; use --compile=False ({line})"
-        if "gloo" in line:
-            return f"another process of the job has ended ({line})"
+    if isinstance(error, dist.DistError) or "gloo" in line:  # gloo raises RuntimeError
+        return f"another process of the job has ended ({line})"
+    if isinstance(error, RuntimeError) and re.search(
+            "dynamo|inductor|torch.compile", f"{type(error)} {line}", re.IGNORECASE):
+        return f"the model cannot be compiled here; use --compile=False ({line})"
     return None
 
 
@@ -217,7 +224,8 @@ def parse_flags(argv):
             flags.append(word)
             continue
         config = vars(Config(**vars(parser.parse_args(flags))))
-        # the file reads earlier settings as if they were builtins; `assigned` gets its own names
+        # earlier settings are builtins of the file, which its functions see, too, and no names of
+        # its own: `assigned` has those that the file assigns
         assigned = {"__file__": word, "__builtins__": vars(builtins) | config}
         with user_error(f"{word}: not a valid config file"):
             exec(compile(pathlib.Path(word).read_bytes(), word, "exec"), assigned)
@@ -243,16 +251,16 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x, cache=None):
-        """float (B, T, C) to the same shape. T must be 1 if `cache` has earlier keys and values."""
+    def forward(self, x, kv_cache=None):
+        """float (B, T, C) to the same shape. T must be 1 if kv_cache is filled."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))  # each (B, heads, T, C / heads)
-        if cache is not None:
-            if cache:  # the keys and values of the tokens before x
-                k = torch.cat((cache[0], k), dim=2)
-                v = torch.cat((cache[1], v), dim=2)
-            cache[:] = k, v
+        if kv_cache is not None:
+            if kv_cache:  # the keys and values of the tokens before x
+                k = torch.cat((kv_cache[0], k), dim=2)
+                v = torch.cat((kv_cache[1], v), dim=2)
+            kv_cache[:] = k, v
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -278,8 +286,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, kv_cache=None):
+        x = x + self.attn(self.ln_1(x), kv_cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -318,18 +326,20 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, cache=None):
-        """int64 (B, T) to the input of lm_head, float (B, T, C). `cache`: a list for each block."""
-        first = cache[0][0].shape[2] if cache and cache[0] else 0
+    def hidden(self, idx, kv_cache=None):
+        """int64 (B, T) to the input of lm_head, float (B, T, C). kv_cache: a list per block."""
+        first = kv_cache[0][0].shape[2] if kv_cache and kv_cache[0] else 0
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[first:first + idx.shape[1]]
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i])
+            x = block(x, None if kv_cache is None else kv_cache[i])
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """(logits, None), or with targets (None, mean loss). idx is int64 (B, T), the logits are
-        float (B, T, vocab_size); on a CPU, PyTorch 2.13 computes the loss without storing them."""
+        """(logits, None), or with targets (None, mean loss). nanoGPT returns both, but here, the
+        logits are not always stored: on a CPU, PyTorch 2.13 computes the loss in chunks.
+
+        idx and targets are int64 (B, T), the logits float (B, T, vocab_size)."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
@@ -394,7 +404,7 @@ class GPT(nn.Module):
         groups = [{"params": decayed, "weight_decay": weight_decay},
                   {"params": not_decayed, "weight_decay": 0.0}]
         optimizers = {"optimizer": torch.optim.AdamW(
-            groups, learning_rate, betas, fused=device_type in ("cuda", "cpu"))}
+            groups, learning_rate, betas, fused=device_type in ("cuda", "mps", "cpu"))}
         if muon:
             if not hasattr(torch.optim, "Muon"):
                 raise UserError(f"--optimizer=muon: not in PyTorch {torch.__version__}; install 2.9"
@@ -452,8 +462,8 @@ def open_data(config):
     with user_error(f"{folder}: no dataset found; create it with data/bookcorpus/prepare.py"):
         files = {split: open(folder / f"{split}.bin", "rb") for split in ("train", "val")}
     for split, file in files.items():
-        n_tokens, odd = divmod(os.fstat(file.fileno()).st_size, 2)
-        if odd:
+        n_tokens = count_tokens(file)
+        if os.fstat(file.fileno()).st_size % 2:
             raise UserError(f"{file.name}: damaged, the size is an odd number of bytes")
         if n_tokens <= config.block_size:
             more = "with a larger --test_size" if split == "val" else "from more text"
@@ -464,9 +474,13 @@ def open_data(config):
     return files
 
 
+def count_tokens(file):
+    return os.fstat(file.fileno()).st_size // 2
+
+
 def random_starts(file, config, seed, size):
     """`size` random start positions of sequences."""
-    n_starts = len(np.memmap(file, "<u2", "r")) - config.block_size
+    n_starts = count_tokens(file) - config.block_size
     return np.random.default_rng(seed).integers(n_starts, size=size)
 
 
@@ -474,28 +488,31 @@ def eval_starts(file, config, n_batches):
     """Start positions of each batch: n_batches random ones; if 0, all full sequences in order."""
     if n_batches:
         return random_starts(file, config, EVAL_SEED, (n_batches, config.batch_size))
-    starts = np.arange(0, len(np.memmap(file, "<u2", "r")) - config.block_size, config.block_size)
+    starts = np.arange(0, count_tokens(file) - config.block_size, config.block_size)
     return np.split(starts, range(config.batch_size, len(starts), config.batch_size))
 
 
 def get_batch(file, starts, model_config, device):
     """Inputs x and targets y, one token later, both int64 (len(starts), block_size) on `device`."""
-    tokens = np.memmap(file, "<u2", "r")  # a memmap left open keeps its pages in memory
-    rows = np.stack([tokens[start:start + model_config.block_size + 1] for start in starts])
-    if rows.max() >= model_config.vocab_size:
-        raise UserError(f"{file.name}: token {rows.max()} is not below {model_config.vocab_size}")
-    rows = torch.from_numpy(rows.astype(np.int64))
+    sequences = np.empty((len(starts), model_config.block_size + 1), "<u2")
+    for start, sequence in zip(starts, sequences):
+        file.seek(2 * start)  # not a memory map, which keeps what it has read in memory
+        sequence[:] = np.frombuffer(file.read(sequence.nbytes), "<u2")
+    if sequences.max() >= model_config.vocab_size:
+        raise UserError(
+            f"{file.name}: token {sequences.max()} is not below {model_config.vocab_size}")
+    sequences = torch.from_numpy(sequences.astype(np.int64))
     if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
+        sequences = sequences.pin_memory().to(device, non_blocking=True)
     else:
-        rows = rows.to(device)  # a copy to "mps" must end before the memory of `rows` is freed
-    return rows[:, :-1], rows[:, 1:]
+        sequences = sequences.to(device)  # for "mps", the copy must end before the memory is freed
+    return sequences[:, :-1], sequences[:, 1:]
 
 
-def training_batches(file, config, model_config, device, iter_num):
+def training_batches(file, config, model_config, device, iter_num, micro_steps):
     """Yield (x, y) for each of this process's micro-batches, from iteration iter_num on."""
     for iteration in itertools.count(iter_num):
-        for micro_step in range(RANK, config.gradient_accumulation_steps, WORLD_SIZE):
+        for micro_step in micro_steps:
             seed = config.seed, iteration, micro_step
             starts = random_starts(file, config, seed, config.batch_size)
             yield get_batch(file, starts, model_config, device)
@@ -523,9 +540,20 @@ def load_checkpoint(path, dropout=0.0):
         return model, checkpoint
 
 
+def replace(source, target):
+    """os.replace(), which fails on Windows while a program has `target` open: retry for 30 s."""
+    for _ in range(100):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.3)
+    return os.replace(source, target)
+
+
 def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config):
-    """Save nanoGPT's keys, activation_function, scaler and, with Muon, muon. The old file stays
-    until the new one is complete."""
+    """In process 0, save nanoGPT's keys, activation_function, scaler and, with Muon, muon: the
+    state before iteration iter_num. The old file stays until the new one is complete."""
+    if RANK:
+        return
     model_args = dict(vars(model.config))
     checkpoint = {
         "activation_function": model_args.pop("activation_function"),  # which nanoGPT lacks
@@ -538,21 +566,19 @@ def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, co
         "config": vars(config)}
     if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
         raise UserError(f"a weight is not finite; {path} was not changed")
-    new = path.with_name(path.name + ".new")
-    with user_error(f"{path}: not written"):
-        try:
-            with open(new, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+    with (user_error(f"{path}: not written"),  # the folder: another run may save here, too
+          tempfile.TemporaryDirectory(prefix="ckpt.pt.new-", dir=path.parent) as folder):
+        new = pathlib.Path(folder, path.name)
+        with open(new, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(new, path)
 
 
 def init_model(config, given, device):
     """(GPT on `device`, the checkpoint or None). Copies the model's settings to `config`."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed % 2**64)  # it takes no larger numbers
     checkpoint = None
     if config.init_from == "scratch":
         model = GPT(GPTConfig(**{name: getattr(config, name) for name in MODEL_FLAGS}))
@@ -560,7 +586,8 @@ def init_model(config, given, device):
         model, checkpoint = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"), config.dropout)
     else:
         model = GPT.from_pretrained(config.init_from, config.dropout)
-    if "block_size" in given and config.block_size < model.config.block_size:
+    is_smaller = "block_size" in given and config.block_size < model.config.block_size
+    if is_smaller and checkpoint is None:  # the moments in a checkpoint have the old size
         model.crop_block_size(config.block_size)
     for name in MODEL_FLAGS:
         wanted, value = getattr(config, name), getattr(model.config, name)
@@ -570,27 +597,14 @@ def init_model(config, given, device):
     return model.to(device), checkpoint
 
 
-def load_optimizers(checkpoint, model, optimizers, scaler):
-    """Copy the state in `checkpoint`, of the moments for example, and keep this run's settings."""
-    for name, optimizer in optimizers.items():
-        state = checkpoint[name]
-        for saved, current in zip(state["param_groups"], optimizer.param_groups):
-            saved.update({key: value for key, value in current.items()
-                          if key != "params"})  # this run's hyperparameters
-        optimizer.load_state_dict(state)
-    wpe = model.transformer.wpe.weight
-    moments = optimizers["optimizer"].state[wpe]
-    for name in moments.keys() - {"step"}:  # --block_size may be smaller than it was
-        moments[name] = moments[name][:len(wpe)].clone()
-    if checkpoint.get("scaler"):  # of a float16 run
-        scaler.load_state_dict(checkpoint["scaler"])
-
-
 def init_training(config, given, device):
     """(GPT, {name: optimizer}, GradScaler, iter_num, best_val_loss): new, or of the checkpoint."""
     if config.optimizer == "muon" and config.dtype == "float16":  # may skip one optimizer's step
         raise UserError("--optimizer=muon: not supported with --dtype=float16; use --dtype=float32")
     model, checkpoint = init_model(config, given, device)
+    if WORLD_SIZE > 1:  # CPUs of different kinds can compute different initial weights
+        for p in model.parameters():
+            dist.broadcast(p.detach(), src=0)
     optimizers = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type,
         config.optimizer == "muon")
@@ -598,7 +612,13 @@ def init_training(config, given, device):
     if checkpoint is None:
         return model, optimizers, scaler, 0, math.inf
     with user_error(f"{config.out_dir}/ckpt.pt: cannot resume with --optimizer={config.optimizer}"):
-        load_optimizers(checkpoint, model, optimizers, scaler)
+        for name, optimizer in optimizers.items():  # the moments, with this run's settings
+            state = checkpoint[name]
+            for saved, current in zip(state["param_groups"], optimizer.param_groups):
+                saved.update({key: current[key] for key in current if key != "params"})
+            optimizer.load_state_dict(state)
+        if checkpoint.get("scaler"):  # of a float16 run
+            scaler.load_state_dict(checkpoint["scaler"])
         return (model, optimizers, scaler, checkpoint["iter_num"],
                 float(checkpoint["best_val_loss"]))
 
@@ -606,22 +626,16 @@ def init_training(config, given, device):
 # training --------------------------------------------------------------------
 
 
-def default_device():
-    """The GPU that this PyTorch can use, else "cpu"."""
-    for name, module in ("cuda", torch.cuda), ("mps", torch.backends.mps), ("xpu", torch.xpu):
-        if module.is_available():
-            return name
-    warn(f"PyTorch {torch.__version__} finds no GPU that it can use, so this runs on the CPU;"
-         " --device=cpu hides this warning")
-    return "cpu"
-
-
 def init_device(config):
     """(torch.device, autocast context). Joins the process group and replaces "auto" in `config`."""
     if config.device == "auto":
-        config.device = default_device()
+        config.device = ("cuda" if torch.cuda.is_available() else
+                         "mps" if torch.backends.mps.is_available() else "cpu")
+        if config.device == "cpu":
+            warn(f"PyTorch {torch.__version__} finds no GPU that it can use, so this runs on the"
+                 " CPU; --device=cpu hides this warning")
     on_cuda = config.device.startswith("cuda")
-    with user_error(f"--device={config.device} --backend={config.backend}: not available"):
+    with user_error(f"--device={config.device}: not available"):
         device = torch.device(config.device)
         if on_cuda and WORLD_SIZE > 1:  # a GPU for each process of a node
             index = os.environ.get("LOCAL_RANK") or RANK % torch.cuda.device_count()
@@ -632,19 +646,18 @@ def init_device(config):
         if on_cuda:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32
-        if WORLD_SIZE > 1 or dist.is_torchelastic_launched():
-            if config.backend == "auto":
-                config.backend = "nccl" if on_cuda else "gloo"
-            dist.init_process_group(config.backend)
+    if WORLD_SIZE > 1:
+        if config.backend == "auto":
+            config.backend = "nccl" if on_cuda else "gloo"
+        with user_error(f"--backend={config.backend}: cannot connect to the other processes"):
+            # the others wait while process 0 saves; NCCL's default is 10 minutes
+            dist.init_process_group(config.backend, timeout=datetime.timedelta(hours=1))
     if config.dtype == "auto":
-        if not on_cuda:
-            config.dtype = "float32"
-        elif torch.cuda.is_bf16_supported(including_emulation=False):
-            config.dtype = "bfloat16"
-        else:
-            config.dtype = "float16"
-    if config.compile is None:  # Triton needs compute capability 7.0
-        config.compile = on_cuda and torch.cuda.get_device_capability(device) >= (7, 0)
+        has_bfloat16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.dtype = "bfloat16" if has_bfloat16 else "float16" if on_cuda else "float32"
+    if config.compile is None:  # Triton needs compute capability 7.0; on Windows, there is none
+        config.compile = (on_cuda and torch.cuda.get_device_capability(device) >= (7, 0)
+                          and importlib.util.find_spec("triton") is not None)
     if config.dtype == "float32":  # autocast would warn about it on some devices
         return device, contextlib.nullcontext()
     return device, torch.autocast(device.type, getattr(torch, config.dtype))
@@ -663,9 +676,13 @@ def get_lr(it, config):
     return config.min_lr + coeff * (config.learning_rate - config.min_lr)
 
 
-def all_sum(values, device):
-    """The list of numbers `values`, each summed over the processes."""
-    if not dist.is_initialized():
+class Stop(Exception):
+    """A process of the job received a signal, and all of them know it."""
+
+
+def all_reduce(values, device):
+    """The list of numbers `values`, each summed over the processes. All processes call this."""
+    if WORLD_SIZE == 1:
         return values
     values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values)
@@ -674,31 +691,25 @@ def all_sum(values, device):
 
 @torch.no_grad()
 def estimate_loss(model, files, config, ctx, device):
-    """{split: mean loss} on the same batches each time, or None if a process got a signal."""
+    """{split: mean loss}, on the same batches each time. Raises Stop after a signal."""
     val_batches = eval_starts(files["val"], config, config.eval_iters)
     train_batches = eval_starts(files["train"], config, len(val_batches))
     model.eval()
-    losses, printed = {}, time.perf_counter()
+    losses = {}
     for split, batches in ("train", train_batches), ("val", val_batches):
         batch_losses = []  # with numbers of tokens: the last batch may be smaller
-        for i in range(RANK, len(batches), WORLD_SIZE):
+        for starts in batches[RANK::WORLD_SIZE]:
             if SIGNALS:
                 break
-            if time.perf_counter() - printed > 10:
-                print(f"evaluating the {split} split: {i} of {len(batches)} batches")
-                printed = time.perf_counter()
-            x, y = get_batch(files[split], batches[i], model.config, device)
+            x, y = get_batch(files[split], starts, model.config, device)
             with ctx:
                 _, loss = model(x, y)
             batch_losses.append((loss, y.numel()))
-        loss_sum = n_tokens = 0
-        for loss, size in batch_losses:  # only now, since item() waits for the GPU
-            loss_sum += loss.item() * size
-            n_tokens += size
-        # each process takes part in this, also one that has stopped early
-        loss_sum, n_tokens, signals = all_sum([loss_sum, n_tokens, len(SIGNALS)], device)
+        loss_sum = sum(loss.item() * size for loss, size in batch_losses)  # waits for the GPU
+        n_tokens = sum(size for _, size in batch_losses)
+        loss_sum, n_tokens, signals = all_reduce([loss_sum, n_tokens, len(SIGNALS)], device)
         if signals:
-            return None
+            raise Stop
         losses[split] = loss_sum / n_tokens
     model.train()
     return losses
@@ -710,23 +721,31 @@ def check_loss(loss, iter_num, scaler):
         raise UserError(f"loss {loss} at iteration {iter_num}; reduce --learning_rate")
 
 
-def log(config, record):
+def open_log(config):
+    """Start wandb and open log.jsonl, which only process 0 writes. Returns the file."""
+    if config.wandb_log and RANK == 0:
+        from wandb import init  # if wandb is not installed, wandb's folder of runs has no `init`
+        with user_error("--wandb_log=True: wandb does not start"):
+            init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
+    if RANK or config.eval_only:
+        return open(os.devnull, "wb", buffering=0)
+    os.makedirs(config.out_dir, exist_ok=True)
+    return open(pathlib.Path(config.out_dir, "log.jsonl"), "ab", buffering=0)
+
+
+def log(config, file, record):
     """Append `record` to log.jsonl and send it to wandb, which has the config from its start."""
-    if RANK:
-        return
-    if config.wandb_log and "config" not in record:
+    if config.wandb_log and RANK == 0 and "config" not in record:
         import wandb
         wandb.log(record)
-    if config.eval_only:
-        return
     # JSON has no NaN and no infinity: a float16 loss or gradient whose update was skipped
     record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
               for key, value in record.items()}
-    os.makedirs(config.out_dir, exist_ok=True)
-    with open(pathlib.Path(config.out_dir, "log.jsonl"), "a") as file:
-        if "config" in record:
-            file.write("\n")  # the last line of an earlier run may be cut off
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+    start = "\n" if "config" in record else ""  # the last line of an earlier run may be cut off
+    try:
+        file.write(f"{start}{json.dumps(record, allow_nan=False)}\n".encode())
+    except OSError as error:  # for example a full disk, which must not end the run
+        warn(f"{file.name}: {error}")
 
 
 def read_log(path):
@@ -745,7 +764,6 @@ def read_log(path):
 def plot_losses(path):
     """Plot the losses in log.jsonl to `path`. A failure is only a warning."""
     try:
-        os.environ["MPLBACKEND"] = "agg"  # a notebook's is not valid in other processes
         from matplotlib.figure import Figure
         records = read_log(path.with_name("log.jsonl"))
         figure = Figure()
@@ -761,154 +779,162 @@ def plot_losses(path):
         warn(f"{path.name} was not drawn: {explain(error) or repr(error)}")
 
 
+class Output:
+    """`stream`, for print(): any object with write(), or None. A failure is no error, but a signal
+    to stop, as nobody reads the output any more. Characters that it cannot encode are escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        if self.stream is None:
+            return
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        try:
+            print(text, end="", file=self.stream,
+                  flush="\n" in text and hasattr(self.stream, "flush"))
+        except (OSError, ValueError):  # ValueError: closed
+            SIGNALS.append(STOP_SIGNALS[-1])
+            with contextlib.suppress(OSError):
+                self.stream.close()  # or Python tries to flush it on exit
+            self.stream = None
+
+    def flush(self):
+        """Do nothing: write() flushes each line."""
+
+
 def handle_signal(number, frame):
-    """Ask train() to save and stop. A second Ctrl-C ends the process at once."""
-    SIGNALS.append(number)  # torchrun may send a second SIGTERM
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: the terminal is gone, print() fails
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
-def catch_signals():
-    """Install handle_signal for Ctrl-C, SIGTERM and, except under nohup, a closed terminal."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # Windows has none
-    for number in numbers:
-        signal.signal(number, handle_signal)
+    """Ask train() to save and stop. A second Ctrl-C raises KeyboardInterrupt."""
+    SIGNALS.append(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train(config, given):
     """Train a model. Returns the exit status: 0, or 128 + the signal that stopped it.
 
-    After a signal, one process drops the gradients of the current iteration, saves the checkpoint
-    and stops. Several processes stop together, after an iteration. If always_save_checkpoint is
-    False, a signal saves nothing, as there is no new validation loss."""
+    A signal (Ctrl-C, SIGTERM, a closed terminal, output that nobody reads) raises Stop at the next
+    point where the weights are whole: before a micro-batch, whose iteration is then repeated by
+    the resumed run, or within an evaluation. During a save, this is after it. Several processes
+    stop together: they agree after each iteration and in evaluations. After Stop, the weights are
+    saved, except if always_save_checkpoint is False, as there is no new validation loss."""
     device, ctx = init_device(config)
     model, optimizers, scaler, iter_num, best_val_loss = init_training(config, given, device)
     files = open_data(config)
-    batches = training_batches(files["train"], config, model.config, device, iter_num)
-    n_micro = config.gradient_accumulation_steps // WORLD_SIZE
+    micro_steps = range(RANK, config.gradient_accumulation_steps, WORLD_SIZE)  # of this process
+    batches = training_batches(files["train"], config, model.config, device, iter_num, micro_steps)
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device},"
           f" {config.dtype}, {tokens_per_iter:,} tokens per iteration")
-    if config.wandb_log and RANK == 0:
-        from wandb import init  # if wandb is not installed, wandb's folder of runs has no `init`
-        with user_error("--wandb_log=True: wandb does not start"):
-            init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
-    log(config, {"iter": iter_num, "config": vars(config)})
-    forward_model = model
+    log_file = open_log(config)
+    log(config, log_file, {"iter": iter_num, "config": vars(config)})
+    compiled_model = model
     if config.compile:
         print("compiling the model, which takes about a minute")
-        forward_model = torch.compile(model, dynamic=False)  # a smaller last batch: its own graph
-    ddp_model = DDP(forward_model) if dist.is_initialized() else forward_model
-    catch_signals()
+        compiled_model = torch.compile(model, dynamic=False)  # a smaller last batch: its own graph
+    for number in STOP_SIGNALS:
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle_signal)  # under nohup, SIGHUP is ignored
 
     path = pathlib.Path(config.out_dir, "ckpt.pt")
-    first_iter = iter_num
-    saved = iter_num if config.init_from == "resume" else None  # the iteration in `path`
-    stopped, next_check, mfu = False, 0, None
+    first_iter = saved = iter_num  # saved: the iteration in `path`; 0: none
     x, y = next(batches)
-    t0, iters_since_t0 = time.perf_counter(), 0
-    while True:
-        lr = get_lr(iter_num, config)
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+    status, mfu, t0, t0_iter = 0, None, time.perf_counter(), iter_num
+    try:
+        while True:
+            lr = get_lr(iter_num, config)
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
 
-        # evaluate
-        finished = config.eval_only or iter_num > config.max_iters
-        due = not stopped and (finished or iter_num % config.eval_interval == 0)
-        improved = False
-        if due:
-            losses = estimate_loss(forward_model, files, config, ctx, device)
-            stopped = losses is None
-        if due and not stopped:
-            train_loss, val_loss = losses["train"], losses["val"]
-            print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-            mfu_percent = None if mfu is None else 100 * mfu
-            log(config, {"iter": iter_num, "train/loss": train_loss, "val/loss": val_loss,
-                         "lr": lr, "mfu": mfu_percent})
-            check_loss(val_loss, iter_num, scaler)
-            improved = val_loss < best_val_loss
-            best_val_loss = min(best_val_loss, val_loss)
-
-        # save
-        wanted = improved or config.always_save_checkpoint
-        if (due or stopped) and wanted and iter_num > first_iter:
-            saved = iter_num
-            if RANK == 0:
-                save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config)
-                plot_losses(path.with_name("loss.png"))
-
-        # stop
-        if finished or stopped:
-            all_sum([0], device)  # wait for process 0 to save
-            break
-        if due:
-            t0, iters_since_t0 = time.perf_counter(), 0
-
-        # step: forward and backward passes of this process's micro-batches, then the update
-        loss_sum = 0.0
-        for micro_step in range(RANK, config.gradient_accumulation_steps, WORLD_SIZE):
-            stopped = WORLD_SIZE == 1 and len(SIGNALS) > 0  # several would have to agree first
-            if stopped:
+            # evaluate and save; as in nanoGPT, one more update follows the evaluation at max_iters
+            finished = config.eval_only or iter_num > config.max_iters
+            if finished or iter_num % config.eval_interval == 0:
+                losses = estimate_loss(compiled_model, files, config, ctx, device)
+                check_loss(losses["val"], iter_num, scaler)
+                improved = losses["val"] < best_val_loss
+                best_val_loss = min(losses["val"], best_val_loss)
+                if iter_num > saved and (improved or config.always_save_checkpoint):
+                    save_checkpoint(
+                        path, model, optimizers, scaler, iter_num, best_val_loss, config)
+                    saved = iter_num
+                print(f"step {iter_num}: train loss {losses['train']:.4f},"
+                      f" val loss {losses['val']:.4f}")
+                log(config, log_file, {
+                    "iter": iter_num, "train/loss": losses["train"], "val/loss": losses["val"],
+                    "lr": lr, "mfu": None if mfu is None else 100 * mfu})
+                t0, t0_iter = time.perf_counter(), iter_num
+            if finished:
                 break
-            if config.dropout:
-                torch.manual_seed(hash((config.seed, iter_num, micro_step)))
-            if dist.is_initialized():  # average the gradients in the last backward pass only
-                ddp_model.require_backward_grad_sync = (
-                    micro_step + WORLD_SIZE >= config.gradient_accumulation_steps)
-            with ctx:
-                _, loss = ddp_model(x, y)
-            x, y = next(batches)  # while the GPU computes
-            scaler.scale(loss / n_micro).backward()
-            loss_sum += loss.detach()
-        if stopped:
-            continue  # the weights are still those of iter_num: save and stop
-        for optimizer in optimizers.values():
-            scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
-            optimizer.zero_grad()
-        scaler.update()
 
-        # log; reading the loss waits for the GPU, and the processes agree on whether to stop. If
-        # log_interval is large, this happens about once per second.
-        iters_since_t0 += 1
-        logged = iter_num % config.log_interval == 0 or iter_num == first_iter
-        if logged or iter_num >= next_check:
-            loss = loss_sum.item() / config.gradient_accumulation_steps
-            t1 = time.perf_counter()
-            dt = (t1 - t0) / iters_since_t0
-            # the mean dt: all processes must compute the same next_check, or one would skip a sum
-            loss, dt, signals = all_sum([loss, dt / WORLD_SIZE, len(SIGNALS)], device)
-            check_loss(loss, iter_num, scaler)
-            stopped = signals > 0
-            next_check = iter_num + max(1, int(1 / dt))
-        if logged:
-            t0, iters_since_t0 = t1, 0
-            mfu = model.estimate_mfu(config.batch_size * n_micro, dt)
-            mfu_text = "n/a" if mfu is None else f"{mfu:.2%}"
-            line = (f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text},"
-                    f" {tokens_per_iter / dt:,.0f} tokens/s,")
-            if iter_num > first_iter:  # the first one may compile
-                left = datetime.timedelta(seconds=round(dt * (config.max_iters - iter_num)))
-                line += f" {left} left,"
-            print(f"{line} grad norm {grad_norm:.4f}")
-            log(config, {"iter": iter_num, "loss": loss, "lr": lr, "grad_norm": grad_norm.item()})
-        iter_num += 1
+            # step: forward and backward passes of this process's micro-batches, then the update
+            loss_sum = 0.0
+            for micro_step in micro_steps:
+                if SIGNALS and WORLD_SIZE == 1:  # several processes would have to agree first
+                    raise Stop
+                if config.dropout:  # the hash of integers is the same in every process
+                    torch.manual_seed(hash((config.seed, iter_num, micro_step)))
+                with ctx:
+                    _, loss = compiled_model(x, y)
+                x, y = next(batches)  # while the GPU computes
+                scaler.scale(loss / config.gradient_accumulation_steps).backward()
+                loss_sum += loss.detach()
+            if WORLD_SIZE > 1:  # add up the gradients of all processes
+                for work in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
+                    work.wait()
+            for optimizer in optimizers.values():
+                scaler.unscale_(optimizer)
+            grad_norm = math.nan
+            if config.grad_clip:
+                grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+
+            # log; reading the loss waits for the GPU
+            if iter_num % config.log_interval == 0 or iter_num == first_iter:
+                loss, = all_reduce([loss_sum.item() / config.gradient_accumulation_steps], device)
+                check_loss(loss, iter_num, scaler)
+                t1 = time.perf_counter()
+                dt = (t1 - t0) / (iter_num + 1 - t0_iter)
+                t0, t0_iter = t1, iter_num + 1
+                mfu = model.estimate_mfu(config.batch_size * len(micro_steps), dt)
+                mfu_text = "n/a" if mfu is None else f"{mfu:.2%}"
+                line = (f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text},"
+                        f" {tokens_per_iter / dt:,.0f} tokens/s")
+                if iter_num > first_iter:  # the first one may compile
+                    left = datetime.timedelta(seconds=round(dt * (config.max_iters - iter_num)))
+                    line += f", {left} left"
+                if config.grad_clip:
+                    line += f", grad norm {grad_norm:.4f}"
+                print(line)
+                log(config, log_file,
+                    {"iter": iter_num, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)})
+            iter_num += 1
+            if all_reduce([len(SIGNALS)], device) != [0]:
+                raise Stop
+    except Stop:
+        status = 128 + max(SIGNALS, default=signal.SIGTERM)  # another process received the signal
+        if iter_num > saved and config.always_save_checkpoint:
+            save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config)
+            saved = iter_num
+    if RANK == 0 and iter_num > first_iter:  # not with eval_only
+        plot_losses(path.with_name("loss.png"))
+    all_reduce([0], device)  # the others wait for process 0: torchrun ends a job at the first exit
 
     line = f"{iter_num} iterations, best val loss {best_val_loss:.4f}"
     if device.type == "cuda":
         line += f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    if saved is None:
-        print(f"{line}, no checkpoint was saved")
-    else:
+    if saved:
         print(f"{line}, iteration saved in {path}: {saved}; to resume, use the same flags and"
               " --init_from=resume")
-    return 128 + max(SIGNALS, default=signal.SIGTERM) if stopped else 0
+    else:
+        print(f"{line}, no checkpoint was saved")
+    return status
 
 
 # sampling and export ---------------------------------------------------------
@@ -1016,29 +1042,30 @@ def export(config, given):
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
-    for name in "stdout", "stderr":
-        if getattr(sys, name) is None:  # closed, or of pythonw
-            setattr(sys, name, open(os.devnull, "w"))
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # only process 0 prints
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        config, given = parse_flags(sys.argv[1:])
-        run = export if config.export else sample if config.sample else train
-        status = run(config, given)
-        if dist.is_initialized():  # after train() has freed DDP, whose destructor can deadlock
-            dist.destroy_process_group()
-        sys.exit(status)
-    except Exception as error:
-        line = explain(error)
-        if line:
-            print(f"train.py: {line}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        if dist.is_initialized():
-            os._exit(1)  # the usual exit may wait for another process
-        sys.exit(1)
+    with contextlib.ExitStack() as stack:  # undone at the end: in a notebook, the process goes on
+        for number in STOP_SIGNALS:
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        stdout = None if RANK else sys.stdout  # only process 0 prints
+        stack.enter_context(contextlib.redirect_stdout(Output(stdout)))
+        stack.enter_context(contextlib.redirect_stderr(Output(sys.stderr)))
+        try:
+            config, given = parse_flags(sys.argv[1:])
+            run = export if config.export else sample if config.sample else train
+            status = run(config, given)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            sys.exit(status)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        except Exception as error:
+            line = explain(error)
+            if line:
+                print(f"train.py: {line}", file=sys.stderr)
+            else:
+                traceback.print_exc()
+            if WORLD_SIZE > 1:
+                os._exit(1)  # the usual exit may wait for another process
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 from common import TRAIN, gpt2, run_script
-from test_train import MODEL_ARGS, module, reference_logits, with_large_weights
+from test_train import MODEL_ARGS, reference_logits, with_large_weights
+from train import GPT, GPTConfig, UserError, load_checkpoint
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -15,7 +16,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 def save_checkpoint(folder, change=None, activation="gelu", **args):
     """Write ckpt.pt with large weights, after change(model). Returns the GPT."""
     args = MODEL_ARGS | args
-    model = with_large_weights(module.GPT(module.GPTConfig(**args, activation_function=activation)))
+    model = with_large_weights(GPT(GPTConfig(**args, activation_function=activation)))
     with torch.no_grad():
         if change:
             change(model)
@@ -55,7 +56,7 @@ def test_export(tmp_path, bias, activation, dropout):
     rates = {part.p for part in theirs.modules() if isinstance(part, torch.nn.Dropout)}
     assert rates == {dropout}, "fine-tuning needs the dropout of the model"
 
-    loaded = module.GPT.from_pretrained(str(folder)).state_dict()
+    loaded = GPT.from_pretrained(str(folder)).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded[name], tensor[:len(loaded[name])])
     assert all((loaded[name] == 0).all() for name in loaded.keys() - model.state_dict().keys())
@@ -140,7 +141,7 @@ def test_gpt2_weights_against_transformers(tmp_path):
     state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in range(2)}
     safetensors.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    ours = module.GPT.from_pretrained(str(tmp_path)).eval()
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
     idx = torch.randint(50257, (2, 32))
     assert_same_logits(ours(idx)[0], theirs(idx).logits.detach())
     ours.crop_block_size(16)
@@ -149,7 +150,7 @@ def test_gpt2_weights_against_transformers(tmp_path):
 
 def gpt2_folder(folder, prefix="", change=None, **settings):
     """Write a small GPT-2 in transformers' format. Returns its state dict with nanoGPT's layout."""
-    model = with_large_weights(module.GPT(module.GPTConfig(
+    model = with_large_weights(GPT(GPTConfig(
         block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=16, bias=True)))
     state = {}
     for name, tensor in model.state_dict().items():
@@ -186,7 +187,7 @@ def test_gpt2_folder(monkeypatch, tmp_path, prefix, change, settings):
     """config.json is UTF-8, whatever the encoding of the system is."""
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")
     state = gpt2_folder(tmp_path / "gpt2", prefix, change, **settings)
-    loaded = module.GPT.from_pretrained(str(tmp_path / "gpt2")).eval()
+    loaded = GPT.from_pretrained(str(tmp_path / "gpt2")).eval()
     idx = torch.randint(50257, (2, 16))
     activation = settings.get("activation_function", "gelu_new")
     assert_same_logits(loaded(idx)[0], reference_logits(state, idx, 2, activation))
@@ -200,8 +201,8 @@ def test_gpt2_folder(monkeypatch, tmp_path, prefix, change, settings):
 def test_gpt2_settings_that_are_not_supported(tmp_path, settings):
     gpt2_folder(tmp_path / "gpt2", **settings)
     (name, value), = settings.items()
-    with pytest.raises(module.UserError, match=f"config.json: {name}={value} is not supported"):
-        module.GPT.from_pretrained(str(tmp_path / "gpt2"))
+    with pytest.raises(UserError, match=f"config.json: {name}={value} is not supported"):
+        GPT.from_pretrained(str(tmp_path / "gpt2"))
 
 
 def test_gpt2_with_an_untied_head(refused, tmp_path):
@@ -239,14 +240,14 @@ def test_weight_that_is_not_finite(refused, tmp_path, value):
     assert not (tmp_path / "gpt").exists()
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.",
-                                    "module._orig_mod.", "module.module."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "", "_orig_mod.",
+                                    "_orig_mod.", ""])
 def test_prefixes_of_a_checkpoint(tmp_path, prefix):
     expected = save_checkpoint(tmp_path).state_dict()
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     saved["model"] = {prefix + name: tensor for name, tensor in expected.items()}
     torch.save(saved, tmp_path / "ckpt.pt")
-    found = module.load_checkpoint(tmp_path / "ckpt.pt")[0].state_dict()
+    found = load_checkpoint(tmp_path / "ckpt.pt")[0].state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -216,9 +215,11 @@ def test_defaults_on_cuda(monkeypatch, fake_gpus):
         assert config.dtype == ("bfloat16" if native else "float16")
     for capability in (6, 1), (7, 0), (12, 0):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        config = Config(device="cuda:0")
-        init_device(config)
-        assert config.compile == (capability != (6, 1))
+        for triton in None, object():
+            monkeypatch.setattr("importlib.util.find_spec", lambda name: triton)
+            config = Config(device="cuda:0")
+            init_device(config)
+            assert config.compile == (capability != (6, 1) and triton is not None)
     monkeypatch.delattr(torch, "autocast")  # which warns about float32
     _, ctx = init_device(Config(device="cuda:0", dtype="float32"))
     assert isinstance(ctx, contextlib.nullcontext)
@@ -231,7 +232,7 @@ def test_gpu_of_each_process(monkeypatch, fake_gpus):
     assert init_device(Config(device="cuda:1"))[0] == torch.device("cuda:1")
     assert init_device(Config(device="cuda"))[0] == torch.device("cuda:0")
     monkeypatch.setattr("train.WORLD_SIZE", 4)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
     for rank in range(4):
         monkeypatch.setattr("train.RANK", rank)
         for device in "cuda", "cuda:1":
@@ -263,26 +264,12 @@ def test_checkpoint_from_before_bias(train, tmp_path):
     assert ended.stdout == greedy(model.state_dict(), " the cat", 4), ended.stderr
 
 
-def test_resumed_with_a_smaller_block_size(train, dataset, tmp_path):
-    """The weights and moments of the first positions are kept."""
+def test_block_size_of_a_checkpoint_is_kept(train):
+    """Its moments have the same size."""
     assert train("--max_iters=2", "--eval_interval=5").returncode == 0
-    old = checkpoint_in(tmp_path / "out")
-    # these settings leave weights and moments as they are
-    ended = train("--init_from=resume", "--max_iters=3", "--block_size=8", "--learning_rate=0",
-                  "--min_lr=0", "--beta1=0.9999999", "--beta2=0.9999999", "--eval_iters=0")
-    assert ended.returncode == 0, ended.stderr
-    new = checkpoint_in(tmp_path / "out")
-    assert new["model_args"] == MODEL_ARGS | {"block_size": 8}
-    name = "transformer.wpe.weight"
-    assert torch.equal(new["model"][name], old["model"][name][:8])
-    moments = [checkpoint["optimizer"]["state"][1] for checkpoint in (old, new)]
-    for key in "exp_avg", "exp_avg_sq":
-        torch.testing.assert_close(moments[1][key], moments[0][key][:8], rtol=1e-3, atol=1e-6)
-    ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
-    n = (len(ids) - 1) // 8 * 8
-    logits = reference_logits(old["model"], ids[:n].view(-1, 8), 2)
-    loss = F.cross_entropy(logits.flatten(0, 1), ids[1:n + 1]).item()
-    assert steps(ended.stdout)[4] == pytest.approx(loss, abs=1e-4)
+    ended = train("--init_from=resume", "--max_iters=3", "--block_size=8")
+    assert ended.returncode == 1
+    assert ended.stderr == "train.py: --block_size=8: --init_from=resume has 16\n"
 
 
 # other versions, packages and machines ---------------------------------------
@@ -460,11 +447,6 @@ def test_picture_in_a_notebook(train, tmp_path):
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_long_evaluation_shows_its_progress(train):
-    ended = train("--max_iters=0", before=faults.fast_clock)
-    assert "evaluating the val split: 2 of 3 batches\n" in ended.stdout
-
-
 def test_state_of_the_checkpoint_is_freed(train, tmp_path):
     """A resumed run does not keep a second copy of the moments."""
     assert train("--max_iters=1").returncode == 0
@@ -494,24 +476,10 @@ def test_infinite_loss_in_float16(train, tmp_path):
     assert ended.returncode == 1 and re.match("train.py: loss inf at iter", ended.stderr)
 
 
-def test_processes_synchronize_once_per_second(train, tmp_path):
-    """A job with one process. Its result is that of a run without a job."""
-    flags = "--max_iters=60", "--eval_interval=1000", "--log_interval=1000"
-    assert train(*flags).returncode == 0
-    alone = checkpoint_in(tmp_path / "out")
-    start = time.monotonic()
-    ended = train(*flags, before=partial(faults.print_sums, free_port()))
-    assert ended.returncode == 0, ended.stderr
-    # one per split and evaluation, at the first iteration and at the end; then one per second
-    assert 6 <= ended.stdout.count("all_reduce") <= 8 + 2 * (time.monotonic() - start)
-    assert same_state(alone, checkpoint_in(tmp_path / "out"))
-
-
 @pytest.mark.parametrize("in_job", [False, True])
 def test_fault_of_ours(train, in_job):
     """It has a traceback. A process of a job ends without waiting for the others."""
-    port = free_port() if in_job else None
-    ended = train("--max_iters=1", before=partial(faults.error_in_update, port))
+    ended = train("--max_iters=1", before=partial(faults.error_in_update, in_job))
     assert ended.returncode == 1 and "Traceback" in ended.stderr
     assert ended.stderr.endswith("ZeroDivisionError: a fault\n")
     assert ("the usual exit" in ended.stdout) != in_job
@@ -761,7 +729,7 @@ def test_second_ctrl_c(start_train, tmp_path):
     assert wait_for(saving.exists, process) and process.poll() is None
     process.send_signal(signal.SIGINT)
     ended = finish(process)
-    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+    assert (ended.returncode, ended.stderr) == (130, "")
 
 
 def test_second_sigterm(start_train, tmp_path):
@@ -790,7 +758,7 @@ def test_evaluation_batches_differ_from_training_batches(dataset):
 def test_killed_while_saving(train, tmp_path):
     flags = "--eval_interval=2", "--eval_iters=1", "--dropout=0.1", "--max_iters=5"
     assert train(*flags, before=faults.kill_in_second_save).returncode == -signal.SIGKILL
-    assert (tmp_path / "out" / "ckpt.pt.new").exists()
+    assert any((tmp_path / "out").glob("ckpt.pt.new-*"))
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 2
     assert train(*flags, "--init_from=resume").returncode == 0
     parts = checkpoint_in(tmp_path / "out")
@@ -1169,4 +1137,4 @@ def test_full_disk_while_saving(train, tmp_path):
     assert ended.returncode == 1 and ended.stderr.startswith("train.py: "), ended.stderr
     assert "ckpt.pt: not written" in ended.stderr and ended.stderr.count("\n") == 1
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == saved
-    assert not (tmp_path / "out" / "ckpt.pt.new").exists()
+    assert not any((tmp_path / "out").glob("ckpt.pt.new-*"))

@@ -50,12 +50,6 @@ def little_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def fast_clock():
-    """Time passes 100,000 times as fast."""
-    clock = time.perf_counter
-    time.perf_counter = lambda: 1e5 * clock()
-
-
 # packages ----------------------------------------------------------------------
 
 
@@ -155,22 +149,35 @@ def no_compiler():
 # processes of a job ------------------------------------------------------------
 
 
-def job_of_one(port):
-    """This is the only process of a job, as torchrun would start it."""
-    variables(dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                   MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test"))
+def fake_job():
+    """This is process 0 of a job of two. The other one computes the same."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    variables({"RANK": "0", "WORLD_SIZE": "2"})
+    init = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda backend, timeout: init(
+        "fake", store=FakeStore(), rank=0, world_size=2)
 
 
-def print_sums(port):
-    """As job_of_one. Print a line for each sum over the processes."""
-    job_of_one(port)
+def print_communication():
+    """As fake_job. Print a line each time that this process communicates."""
+    fake_job()
     all_reduce = torch.distributed.all_reduce
 
-    def print_and_sum(values):
-        print("all_reduce", flush=True)
-        all_reduce(values)
+    def print_and_sum(values, async_op=False):
+        print("gradient" if async_op else f"{len(values)} numbers", flush=True)
+        return all_reduce(values, async_op=async_op)
 
     torch.distributed.all_reduce = print_and_sum
+
+
+def unreachable_peer():
+    """As fake_job, but the processes cannot connect."""
+    fake_job()
+
+    def fail(*arguments, **options):
+        raise RuntimeError("Gloo connectFullMesh failed")
+
+    torch.distributed.init_process_group = fail
 
 
 def exit_with_backend():
@@ -178,7 +185,8 @@ def exit_with_backend():
     status 7 if the backend is gloo."""
     variables({"RANK": "0", "WORLD_SIZE": "2"})
     torch.cuda.is_available = lambda: True
-    torch.distributed.init_process_group = lambda name=None: os._exit(7 if name == "gloo" else 8)
+    torch.distributed.init_process_group = lambda backend, timeout: os._exit(
+        7 if backend == "gloo" else 8)
 
 
 # updates -----------------------------------------------------------------------
@@ -233,11 +241,11 @@ def signal_in_backward_pass(count, number):
     torch.Tensor.backward = signal_and_backward
 
 
-def error_in_update(port=None):
+def error_in_update(in_job):
     """The first update fails with an error that train.py does not expect. At its usual exit, the
-    process prints a line. With `port`, it is the only process of a job."""
-    if port:
-        job_of_one(port)
+    process prints a line."""
+    if in_job:
+        fake_job()
     multiprocessing.util.Finalize(None, print, ["the usual exit"], exitpriority=0)
 
     def step(self, *arguments):

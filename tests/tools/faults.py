@@ -247,12 +247,12 @@ def kill_train(faults, count):
         shutil.rmtree(out)
         if i % 2 == 0:
             process = start_script(TRAIN, *flags, before=SLOW_MOVES)
-            wait_for((out / "ckpt.pt.new").exists, process)
+            wait_for(lambda: any(out.glob("ckpt.pt.new-*")), process)
             time.sleep(faults.rng.uniform(0, 0.3))
         else:
             process = start_script(TRAIN, *flags)
             time.sleep(faults.rng.uniform(0, seconds))
-        saving = (out / "ckpt.pt.new").exists()
+        saving = any(out.glob("ckpt.pt.new-*"))
         process.kill()
         finish(process)
         when = f"train.py, SIGKILL {'while it saves a checkpoint' if saving else 'at another time'}"
