@@ -46,9 +46,8 @@ ROOT = pathlib.Path(__file__).resolve().parent
 # torchrun sets both; one of them alone is left over from another job
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-                if hasattr(signal, name)]  # Windows has no SIGHUP
-SIGNALS = []  # those received: train() saves and stops
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has no SIGHUP
+SIGNALS = []  # SIGINT, SIGTERM or HANGUP, once received: train() saves and stops
 EVAL_SEED = 0, 2**32 - 1  # the seed and an iteration that training never reaches
 MODEL_FLAGS = "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"  # in GPTConfig, too
 GPT2_VOCAB_SIZE = 50257  # without padding
@@ -721,8 +720,9 @@ def check_loss(loss, iter_num, scaler):
         raise UserError(f"loss {loss} at iteration {iter_num}; reduce --learning_rate")
 
 
-def open_log(config):
-    """Start wandb and open log.jsonl, which only process 0 writes. Returns the file."""
+def open_log(config, iter_num):
+    """Start wandb, open log.jsonl and write the config to both. Process 0 does so, others write
+    to a null device. Returns the file."""
     if config.wandb_log and RANK == 0:
         from wandb import init  # if wandb is not installed, wandb's folder of runs has no `init`
         with user_error("--wandb_log=True: wandb does not start"):
@@ -730,20 +730,22 @@ def open_log(config):
     if RANK or config.eval_only:
         return open(os.devnull, "wb", buffering=0)
     os.makedirs(config.out_dir, exist_ok=True)
-    return open(pathlib.Path(config.out_dir, "log.jsonl"), "ab", buffering=0)
+    file = open(pathlib.Path(config.out_dir, "log.jsonl"), "ab", buffering=0)
+    record = json.dumps({"iter": iter_num, "config": vars(config)})
+    file.write(f"\n{record}\n".encode())  # the last line of an earlier run may be cut off
+    return file
 
 
 def log(config, file, record):
-    """Append `record` to log.jsonl and send it to wandb, which has the config from its start."""
-    if config.wandb_log and RANK == 0 and "config" not in record:
+    """Append `record` to log.jsonl and send it to wandb."""
+    if config.wandb_log and RANK == 0:
         import wandb
         wandb.log(record)
     # JSON has no NaN and no infinity: a float16 loss or gradient whose update was skipped
     record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
               for key, value in record.items()}
-    start = "\n" if "config" in record else ""  # the last line of an earlier run may be cut off
     try:
-        file.write(f"{start}{json.dumps(record, allow_nan=False)}\n".encode())
+        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
     except OSError as error:  # for example a full disk, which must not end the run
         warn(f"{file.name}: {error}")
 
@@ -798,7 +800,7 @@ class Output:
             print(text, end="", file=self.stream,
                   flush="\n" in text and hasattr(self.stream, "flush"))
         except (OSError, ValueError):  # ValueError: closed
-            SIGNALS.append(STOP_SIGNALS[-1])
+            SIGNALS.append(HANGUP)
             with contextlib.suppress(OSError):
                 self.stream.close()  # or Python tries to flush it on exit
             self.stream = None
@@ -829,15 +831,14 @@ def train(config, given):
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device},"
           f" {config.dtype}, {tokens_per_iter:,} tokens per iteration")
-    log_file = open_log(config)
-    log(config, log_file, {"iter": iter_num, "config": vars(config)})
+    log_file = open_log(config, iter_num)
     compiled_model = model
     if config.compile:
         print("compiling the model, which takes about a minute")
         compiled_model = torch.compile(model, dynamic=False)  # a smaller last batch: its own graph
-    for number in STOP_SIGNALS:
-        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handle_signal)  # under nohup, SIGHUP is ignored
+    for number in signal.SIGINT, signal.SIGTERM, HANGUP:
+        if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handle_signal)
 
     path = pathlib.Path(config.out_dir, "ckpt.pt")
     first_iter = saved = iter_num  # saved: the iteration in `path`; 0: none
@@ -1043,7 +1044,7 @@ def export(config, given):
 
 def main():
     with contextlib.ExitStack() as stack:  # undone at the end: in a notebook, the process goes on
-        for number in STOP_SIGNALS:
+        for number in signal.SIGINT, signal.SIGTERM, HANGUP:
             stack.callback(signal.signal, number, signal.getsignal(number))
         stdout = None if RANK else sys.stdout  # only process 0 prints
         stack.enter_context(contextlib.redirect_stdout(Output(stdout)))

@@ -1,0 +1,23 @@
+# Train GPT-2 124M on BookCorpus with one GPU of 80 GB, an estimated 4 hours on an H100.
+#
+#     python train.py data/bookcorpus/train_gpt2.py
+#
+# BookCorpus has an estimated 1.24 billion tokens, so an epoch has 2,520 iterations of 480 * 1,024
+# tokens. This trains for four epochs. More passes over the same text bring little (Muennighoff et
+# al., 2023, https://arxiv.org/abs/2305.16264).
+
+dataset = "bookcorpus"
+out_dir = "out-gpt2"
+
+# 480 sequences per iteration, as in nanoGPT. For a GPU of 24 GB: 12 and 40 (estimated: 16 hours on
+# an RTX 4090). The second number must be a multiple of the number of GPUs.
+batch_size = 30
+gradient_accumulation_steps = 16
+
+max_iters = 10000
+lr_decay_iters = 10000
+warmup_iters = 500
+
+eval_interval = 500
+eval_iters = 0  # evaluate on all of val.bin, an estimated 0.6 million tokens
+log_interval = 10
