@@ -461,8 +461,8 @@ def open_data(config):
     with user_error(f"{folder}: no dataset found; create it with data/bookcorpus/prepare.py"):
         files = {split: open(folder / f"{split}.bin", "rb") for split in ("train", "val")}
     for split, file in files.items():
-        n_tokens = count_tokens(file)
-        if os.fstat(file.fileno()).st_size % 2:
+        n_tokens, odd = divmod(os.fstat(file.fileno()).st_size, 2)
+        if odd:
             raise UserError(f"{file.name}: damaged, the size is an odd number of bytes")
         if n_tokens <= config.block_size:
             more = "with a larger --test_size" if split == "val" else "from more text"
@@ -473,13 +473,9 @@ def open_data(config):
     return files
 
 
-def count_tokens(file):
-    return os.fstat(file.fileno()).st_size // 2
-
-
 def random_starts(file, config, seed, size):
     """`size` random start positions of sequences."""
-    n_starts = count_tokens(file) - config.block_size
+    n_starts = os.fstat(file.fileno()).st_size // 2 - config.block_size
     return np.random.default_rng(seed).integers(n_starts, size=size)
 
 
@@ -487,7 +483,8 @@ def eval_starts(file, config, n_batches):
     """Start positions of each batch: n_batches random ones; if 0, all full sequences in order."""
     if n_batches:
         return random_starts(file, config, EVAL_SEED, (n_batches, config.batch_size))
-    starts = np.arange(0, count_tokens(file) - config.block_size, config.block_size)
+    n_tokens = os.fstat(file.fileno()).st_size // 2
+    starts = np.arange(0, n_tokens - config.block_size, config.block_size)
     return np.split(starts, range(config.batch_size, len(starts), config.batch_size))
 
 
@@ -539,15 +536,6 @@ def load_checkpoint(path, dropout=0.0):
         return model, checkpoint
 
 
-def replace(source, target):
-    """os.replace(), which fails on Windows while a program has `target` open: retry for 30 s."""
-    for _ in range(100):
-        with contextlib.suppress(PermissionError):
-            return os.replace(source, target)
-        time.sleep(0.3)
-    return os.replace(source, target)
-
-
 def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config):
     """In process 0, save nanoGPT's keys, activation_function, scaler and, with Muon, muon: the
     state before iteration iter_num. The old file stays until the new one is complete."""
@@ -572,7 +560,11 @@ def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, co
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        replace(new, path)
+        for _ in range(100):  # on Windows, this fails while another program has `path` open
+            with contextlib.suppress(PermissionError):
+                return os.replace(new, path)
+            time.sleep(0.3)
+        os.replace(new, path)
 
 
 def init_model(config, given, device):
