@@ -810,11 +810,13 @@ def handle_signal(number, frame):
 def train(config, given):
     """Train a model. Returns the exit status: 0, or 128 + the signal that stopped it.
 
-    A signal (Ctrl-C, SIGTERM, a closed terminal, output that nobody reads) raises Stop at the next
-    point where the weights are whole: before a micro-batch, whose iteration is then repeated by
-    the resumed run, or within an evaluation. During a save, this is after it. Several processes
-    stop together: they agree after each iteration and in evaluations. After Stop, the weights are
-    saved, except if always_save_checkpoint is False, as there is no new validation loss."""
+    A signal (Ctrl-C, SIGTERM, a closed terminal, output that nobody reads) ends the process until
+    the loop starts. From then on, it raises Stop where the weights are whole: before a micro-batch
+    (a resumed run repeats that iteration), within an evaluation, or after a save. Then the weights
+    are saved, except if always_save_checkpoint is False, as there is no new validation loss.
+
+    Processes communicate in each iteration, to add up the gradients and to agree on Stop, and when
+    losses are printed. All of them stop together."""
     device, ctx = init_device(config)
     model, optimizers, scaler, iter_num, best_val_loss = init_training(config, given, device)
     files = open_data(config)
