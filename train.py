@@ -335,10 +335,9 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """(logits, None), or with targets (None, mean loss). nanoGPT returns both, but here, the
-        logits are not always stored: on a CPU, PyTorch 2.13 computes the loss in chunks.
-
-        idx and targets are int64 (B, T), the logits float (B, T, vocab_size)."""
+        """(logits, None), or with targets (None, mean loss). nanoGPT returns logits then, too, but
+        on a CPU, PyTorch 2.13 computes the loss without storing them. idx and targets are int64
+        (B, T), the logits float (B, T, vocab_size)."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
