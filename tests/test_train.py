@@ -1096,7 +1096,7 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
         broken.append(file.getvalue())
     for content in broken:
         path.write_bytes(content)
-        with pytest.raises(UserError, match="ckpt.pt: checkpoint missing or damaged"):
+        with pytest.raises(UserError, match="ckpt.pt: .*damaged"):
             load_checkpoint(path)
     assert "damaged" in refused(*flags, script=TRAIN) and path.read_bytes() == content
     for change, name in (({"model": MakesFolder()}, f"{os.name}.mkdir"),
@@ -1104,7 +1104,7 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
                          ({"best_val_loss": np.float64(3.25)}, "numpy._core.multiarray.scalar")):
         torch.save(saved | change, path)
         line = refused(*flags, script=TRAIN)
-        assert f"ckpt.pt: contains a {name}, which is not loaded" in line
+        assert line.endswith(f"contains objects that are not loaded, as they may run code: {name}")
         assert "torch.load" not in line
     assert not pathlib.Path("made").exists()
     torch.save(saved | {"optimizer": {}}, path)

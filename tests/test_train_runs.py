@@ -1,32 +1,19 @@
 """train.py: paths, files, seeds, processes and the settings for one GPU."""
-import json
-import os
 import shutil
-import sys
+from functools import partial
 
 import pytest
-import torch
-from common import ROOT, TINY, TRAIN, limit_file_size, run_script
-
-sys.path.insert(0, str(ROOT))
-import train as module  # noqa: E402
-
-# process 0 of a job of two, the other of which computes the same
-FAKE_JOB = """
-import os, torch
-from torch.testing._internal.distributed.fake_pg import FakeStore
-os.environ |= {"RANK": "0", "WORLD_SIZE": "2"}
-init = torch.distributed.init_process_group
-torch.distributed.init_process_group = lambda *arguments, **options: init(
-    "fake", store=FakeStore(), rank=0, world_size=2)
-"""
+import train_faults as faults
+from common import ROOT, TINY, TRAIN, output_of, run_script, wait_for
+from test_train import checkpoint_in
+from train import parse_flags
 
 
 def test_home_folder_in_paths(dataset, tmp_path):
     """bash leaves --out_dir=~/x as it is."""
     shutil.copytree(dataset, tmp_path / "data")
     ended = run_script(TRAIN, "--dataset=~/data", "--out_dir=~/out", *TINY, "--max_iters=1",
-                       before=f"import os; os.environ['HOME'] = {str(tmp_path)!r}")
+                       before=partial(faults.variables, {"HOME": str(tmp_path)}))
     assert ended.returncode == 0 and (tmp_path / "out" / "ckpt.pt").exists(), ended.stderr
 
 
@@ -45,64 +32,44 @@ def test_large_seed(train, seed):
 
 
 def test_file_system_without_memory_maps(train):
-    ended = train("--max_iters=1", before="import mmap; mmap.mmap = None")
+    ended = train("--max_iters=1", before=faults.no_memory_maps)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_two_runs_in_one_folder(train, dataset, tmp_path):
+def test_two_runs_in_one_folder(train, start, dataset, tmp_path):
     """One saves while the other does. Neither ends the other, and ckpt.pt is always whole."""
-    ended = train("--max_iters=3", "--eval_interval=2", before=f"""
-import os, subprocess, sys, torch
-save = torch.save
-def save_twice(checkpoint, file):
-    save(checkpoint, file)
-    torch.save = save
-    subprocess.run([sys.executable, {str(TRAIN)!r}, "--dataset={dataset}", "--max_iters=1",
-                    "--out_dir={tmp_path / 'out'}", *{TINY!r}], check=True,
-                   stdout=subprocess.DEVNULL)
-    assert torch.load({str(tmp_path / 'out' / 'ckpt.pt')!r}, weights_only=True)["iter_num"] == 2
-torch.save = save_twice
-""")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["iter_num"] == 4
+    first = start(TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY,
+                  "--max_iters=3", "--eval_interval=2",
+                  before=partial(faults.wait_at_call, "os.fsync", 1, tmp_path))
+    assert wait_for((tmp_path / "reached").exists, first)
+    second = train("--max_iters=1")
+    assert (second.returncode, second.stderr) == (0, "")
+    assert checkpoint_in(tmp_path / "out")["iter_num"] == 2
+    (tmp_path / "go").touch()
+    assert (first.wait(), output_of(first, "stderr")) == (0, "")
+    assert checkpoint_in(tmp_path / "out")["iter_num"] == 4
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"ckpt.pt", "log.jsonl", "loss.png"}
 
 
-def test_checkpoint_that_another_program_reads(train, tmp_path):
-    """Windows does not replace a file that is open: wait until it is closed."""
-    before = """
-import os, time
-replace, calls = os.replace, []
-def replace_later(source, target):
-    calls.append(source)
-    if len(calls) < {count}:
-        raise PermissionError(13, "Permission denied", target)
-    replace(source, target)
-os.replace, time.sleep = replace_later, lambda seconds: None
-"""
-    ended = train("--max_iters=1", before=before.format(count=50))
+def test_checkpoint_that_another_program_reads(train):
+    """Wait until it is closed. After 100 attempts, give up."""
+    ended = train("--max_iters=1", before=partial(faults.checkpoint_in_use, 50))
     assert (ended.returncode, ended.stderr) == (0, "")
-    ended = train("--max_iters=1", before=before.format(count=10**6))
+    ended = train("--max_iters=1", before=partial(faults.checkpoint_in_use, 10**6))
     assert ended.returncode == 1 and "ckpt.pt: not written (PermissionError" in ended.stderr
 
 
-def test_no_clipping(train, tmp_path):
+def test_no_clipping(train):
     """With --grad_clip=0, no norm is computed: an infinite one would make all gradients nan."""
-    ended = train("--max_iters=1", "--grad_clip=0", before=(
-        "import torch; torch.nn.utils.clip_grad_norm_ = None"))
+    ended = train("--max_iters=1", "--grad_clip=0", before=faults.no_norm)
     assert ended.returncode == 0 and "grad norm" not in ended.stdout, ended.stderr
 
 
 def test_when_processes_communicate(train):
     """Gradients and signals once per iteration, losses when they are printed."""
-    ended = train("--max_iters=3", "--log_interval=100", "--eval_interval=100", before=FAKE_JOB + """
-all_reduce = torch.distributed.all_reduce
-def count(values, async_op=False):
-    print("gradient" if async_op else f"{len(values)} numbers", flush=True)
-    return all_reduce(values, async_op=async_op)
-torch.distributed.all_reduce = count
-""")
+    ended = train("--max_iters=3", "--log_interval=100", "--eval_interval=100",
+                  before=faults.print_communication)
     assert ended.returncode == 0, ended.stderr
     lines = [line for line in ended.stdout.splitlines()
              if line == "gradient" or line.endswith(" numbers")]
@@ -114,11 +81,7 @@ torch.distributed.all_reduce = count
 
 def test_peer_that_cannot_be_reached(train):
     """The message does not blame the device."""
-    ended = train(before=FAKE_JOB + """
-def fail(*arguments, **options):
-    raise RuntimeError("Gloo connectFullMesh failed")
-torch.distributed.init_process_group = fail
-""")
+    ended = train(before=faults.unreachable_peer)
     assert ended.returncode == 1 and "--device" not in ended.stderr
     assert ended.stderr == ("train.py: --backend=gloo: cannot connect to the other processes"
                             " (RuntimeError: Gloo connectFullMesh failed)\n")
@@ -127,7 +90,7 @@ torch.distributed.init_process_group = fail
 def test_settings_for_one_gpu(dataset, tmp_path):
     """Four epochs, 480 sequences per iteration, for up to eight GPUs."""
     path = ROOT / "data" / "bookcorpus" / "train_gpt2.py"
-    config, _ = module.parse_flags([str(path)])
+    config, _ = parse_flags([str(path)])
     sequences = config.batch_size * config.gradient_accumulation_steps
     assert sequences == 480 and config.gradient_accumulation_steps % 8 == 0
     assert config.max_iters * sequences * config.block_size == pytest.approx(4 * 1.24e9, rel=0.02)

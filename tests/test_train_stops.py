@@ -4,34 +4,32 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from common import TINY, TORCHRUN, TRAIN, group_has_ended, run_script, wait_for
+import train_faults as faults
+from common import ROOT, TINY, TORCHRUN, TRAIN, group_has_ended, run_script, wait_for
 
 # evaluations at 0, 2, 4 and 6, checkpoints at 2, 4 and 6
 FLAGS = [*TINY, "--dropout=0.1", "--eval_interval=2", "--max_iters=5"]
-# At the n-th call of a function, process 0 creates the file `reached` and waits for the file `go`.
-WAIT_AT_CALL = """
-import json, os, pathlib, runpy, sys, time, torch
-def wait(*arguments, calls=[0], function={owner}.{name}, **options):
-    calls[0] += 1
-    if calls[0] == {number} and os.environ.get("RANK", "0") == "0":
-        pathlib.Path("reached").touch()
-        while not pathlib.Path("go").exists():
-            time.sleep(0.002)
-    return function(*arguments, **options)
-{owner}.{name} = wait
+# for wait_at_call
+MOMENTS = {
+    "before the first iteration": ("torch.nn.Module.eval", 1),
+    "evaluation": ("torch.nn.functional.linear_cross_entropy", 16),
+    "update": ("torch.optim.AdamW.step", 3),
+    "save": ("torch.save", 1),
+    "log": ("json.dumps", 5),
+}
+# runs the script argv[1]; also as a process of torchrun
+WRAPPER = f"""
+import runpy, sys
+sys.path.append({str(ROOT / "tests")!r})
+import train_faults
+train_faults.wait_at_call(*%r, ".")
 del sys.argv[0]
 runpy.run_path(sys.argv[0], None, "__main__")
 """
-MOMENTS = {
-    "before the first iteration": dict(owner="torch.nn.Module", name="eval", number=1),
-    "evaluation": dict(owner="torch.nn.functional", name="linear_cross_entropy", number=16),
-    "update": dict(owner="torch.optim.AdamW", name="step", number=3),
-    "save": dict(owner="torch", name="save", number=1),
-    "log": dict(owner="json", name="dumps", number=5),
-}
 JOB = [TORCHRUN, "--standalone", "--nproc_per_node=2"]
 
 
@@ -65,7 +63,7 @@ def whole(dataset, tmp_path_factory):
     (1, "head", "evaluation"), (2, "tee", "save"), (2, "head", "evaluation")])
 def test_output_that_nobody_reads(whole, dataset, tmp_path, processes, reader, moment):
     """Ctrl-C with `| tee`, which it ends, too, and `| head`, which ends after some lines."""
-    (tmp_path / "wrapper.py").write_text(WAIT_AT_CALL.format(**MOMENTS[moment]))
+    (tmp_path / "wrapper.py").write_text(WRAPPER % (MOMENTS[moment],))
     command = [sys.executable] if processes == 1 else JOB
     out, flags = tmp_path / "out", [f"--dataset={dataset}", *FLAGS]
     line = shlex.join(map(str, [*command, "wrapper.py", TRAIN, *flags, f"--out_dir={out}"]))
@@ -102,65 +100,28 @@ def test_output_that_nobody_reads(whole, dataset, tmp_path, processes, reader, m
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
 
-# a stream as in a notebook: not a TextIOWrapper
-NOTEBOOK = """
-import signal, sys
-class Stream:
-    def __init__(self, stream):
-        self.write = stream.write
-sys.stdout = streams = Stream(sys.__stdout__)
-handlers = [signal.getsignal(number) for number in range(1, 20)]
-del sys.argv[0]
-import runpy
-try:
-    runpy.run_path(sys.argv[0], None, "__main__")
-except SystemExit as ended:
-    print("status", ended.code)
-assert sys.stdout is streams and sys.stderr is sys.__stderr__
-assert handlers == [signal.getsignal(number) for number in range(1, 20)]
-"""
-
-
-def test_notebook(dataset, tmp_path):
+def test_notebook(train):
     """Its streams need nothing but write(); streams and signal handlers are put back."""
-    (tmp_path / "cell.py").write_text(NOTEBOOK)
-    ended = run_script(tmp_path / "cell.py", TRAIN, f"--dataset={dataset}",
-                       f"--out_dir={tmp_path / 'out'}", *TINY, "--max_iters=1")
+    ended = train("--max_iters=1", before=faults.notebook)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "iter 1: " in ended.stdout and ended.stdout.endswith("status 0\n")
+    assert "iter 1: " in ended.stdout and ended.stdout.endswith("\nthe same state\n")
 
 
 def test_full_disk_under_the_log(train, tmp_path):
     """It costs lines of the log, neither the run nor the weights."""
-    ended = train("--max_iters=3", before="""
-import errno, os
-def open_full(path, *arguments, open=open, **options):
-    file = open(path, *arguments, **options)
-    if str(path).endswith("log.jsonl"):
-        class Full:
-            name, calls = str(path), 0
-            def write(self, data):
-                self.calls += 1
-                if self.calls > 3:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return file.write(data)
-        return Full()
-    return file
-import builtins
-builtins.open = open_full
-""")
+    ended = train("--max_iters=3", before=faults.full_disk_under_log)
     assert ended.returncode == 0 and "iter 3: " in ended.stdout, ended.stderr
     path = tmp_path / "out" / "log.jsonl"
     assert ended.stderr == (f"train.py: warning: {path}: [Errno 28] No space left on device\n")
-    assert state(tmp_path / "out")[1] == 4 and path.read_text().count("{\"iter\"") == 3
+    assert state(tmp_path / "out")[1] == 4 and path.read_text().count('{"iter"') == 3
 
 
 @pytest.mark.parametrize("encoding, name", [
     ("utf-8", os.fsdecode(b"mod\xe8le")), ("cp1252", "\u4e2d\u6587"), ("ascii", "mod\xe8le")])
 def test_output_that_cannot_be_encoded(train, dataset, tmp_path, encoding, name):
     """For example the name of a folder from a system with Latin-1."""
-    ended = train(f"--out_dir={tmp_path / name}", "--max_iters=1", before=(
-        f"import sys; sys.stdout.reconfigure(encoding={encoding!r}, errors='strict')"))
+    ended = train(f"--out_dir={tmp_path / name}", "--max_iters=1",
+                  before=partial(faults.output_encoding, encoding))
     assert (ended.returncode, ended.stderr) == (0, "")
     escaped = name.encode(encoding, "backslashreplace").decode(encoding)
     assert escaped in ended.stdout.splitlines()[-1] and (tmp_path / name / "ckpt.pt").exists()

@@ -2,11 +2,16 @@
 
 Each one changes the process that it runs in; then train.py starts in this process. Arguments are
 given with functools.partial."""
+import builtins
+import errno
 import importlib.util
+import itertools
 import json
+import mmap
 import multiprocessing.util
 import os
 import pathlib
+import pkgutil
 import resource
 import shutil
 import signal
@@ -39,6 +44,28 @@ def terminal(path):
         os.dup2(tty, number)
 
 
+def output_encoding(encoding):
+    """stdout refuses what it cannot encode, as it does by default."""
+    sys.stdout.reconfigure(encoding=encoding, errors="strict")
+
+
+def notebook():
+    """stdout is a stream as in a notebook, with nothing but write(). At the exit of the process,
+    print whether it and the handlers of signals are in place again."""
+    class Stream:
+        write = staticmethod(sys.stdout.write)
+
+    def state():
+        return sys.stdout, sys.stderr, [signal.getsignal(number) for number in range(1, 20)]
+
+    def compare(stdout=sys.stdout):
+        print("the same state" if state() == before else "another state", file=stdout, flush=True)
+
+    sys.stdout = Stream()
+    before = state()
+    multiprocessing.util.Finalize(None, compare, exitpriority=0)
+
+
 def little_memory():
     """8 GiB of address space."""
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
@@ -48,6 +75,31 @@ def little_disk():
     """Files cannot be larger than 100 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def full_disk_under_log():
+    """log.jsonl takes three writes. Then the disk is full."""
+    original = builtins.open
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.name, self.writes = file, file.name, 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes > 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+    def open_full(path, *arguments, **options):
+        file = original(path, *arguments, **options)
+        return Full(file) if pathlib.Path(path).name == "log.jsonl" else file
+
+    builtins.open = open_full
+
+
+def no_memory_maps():
+    mmap.mmap = None
 
 
 # packages ----------------------------------------------------------------------
@@ -189,6 +241,26 @@ def exit_with_backend():
         7 if backend == "gloo" else 8)
 
 
+# moments ----------------------------------------------------------------------
+
+
+def wait_at_call(name, number, folder):
+    """In process 0, call `number` of the function `name`, for example os.fsync, creates the file
+    `reached` in `folder` and waits for the file `go`."""
+    owner, _, attribute = name.rpartition(".")
+    owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
+    function = getattr(owner, attribute)
+
+    def wait(*arguments, **options):
+        if next(calls) == number and os.environ.get("RANK", "0") == "0":
+            pathlib.Path(folder, "reached").touch()
+            while not pathlib.Path(folder, "go").exists():
+                time.sleep(0.002)
+        return function(*arguments, **options)
+
+    setattr(owner, attribute, wait)
+
+
 # updates -----------------------------------------------------------------------
 
 
@@ -273,6 +345,11 @@ def infinite_loss(passes):
             setattr(torch.nn.functional, name, changed(getattr(torch.nn.functional, name)))
 
 
+def no_norm():
+    """The norm of the gradient cannot be computed."""
+    torch.nn.utils.clip_grad_norm_ = None
+
+
 # checkpoints -------------------------------------------------------------------
 
 
@@ -318,6 +395,18 @@ def kill_in_second_save():
             send_signal(signal.SIGKILL)
 
     torch.save = save
+
+
+def checkpoint_in_use(n_failures):
+    """As on Windows, files cannot be replaced while they are open: n_failures times."""
+    replace, calls = os.replace, itertools.count()
+
+    def replace_later(source, target):
+        if next(calls) < n_failures:
+            raise PermissionError(errno.EACCES, "Access is denied", target)
+        replace(source, target)
+
+    os.replace, time.sleep = replace_later, lambda seconds: None
 
 
 def watch_checkpoint():
