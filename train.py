@@ -20,7 +20,6 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
@@ -510,15 +509,6 @@ def get_batch(file, starts, model_config, device):
     return sequences[:, :-1], sequences[:, 1:]
 
 
-def training_batches(file, config, model_config, device, iter_num, micro_steps):
-    """Yield (x, y) for each of this process's micro-batches, from iteration iter_num on."""
-    for iteration in itertools.count(iter_num):
-        for micro_step in micro_steps:
-            seed = config.seed, iteration, micro_step
-            starts = random_starts(file, config, seed, config.batch_size)
-            yield get_batch(file, starts, model_config, device)
-
-
 def load_checkpoint(path, dropout=0.0):
     """(GPT, checkpoint dict) from a file by nanoGPT or this script. Runs no code from it."""
     with user_error(f"{path}: checkpoint missing or damaged"):
@@ -797,7 +787,6 @@ def train(config, given):
     model, optimizers, scaler, iter_num, best_val_loss = init_training(config, given, device)
     files = open_data(config)
     micro_steps = range(RANK, config.gradient_accumulation_steps, WORLD_SIZE)  # of this process
-    batches = training_batches(files["train"], config, model.config, device, iter_num, micro_steps)
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
     report(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device},"
            f" {config.dtype}, {tokens_per_iter:,} tokens per iteration")
@@ -812,7 +801,6 @@ def train(config, given):
 
     path = pathlib.Path(config.out_dir, "ckpt.pt")
     first_iter = saved = iter_num  # saved: the iteration in `path`; 0: none
-    x, y = next(batches)
     status, mfu, t0, t0_iter = 0, None, time.perf_counter(), iter_num
     try:
         while True:
@@ -846,11 +834,13 @@ def train(config, given):
             for micro_step in micro_steps:
                 if SIGNALS and WORLD_SIZE == 1:  # several processes would have to agree first
                     raise Stop
-                if config.dropout:  # the hash of integers is the same in every process
-                    torch.manual_seed(hash((config.seed, iter_num, micro_step)))
+                seed = config.seed, iter_num, micro_step
+                starts = random_starts(files["train"], config, seed, config.batch_size)
+                x, y = get_batch(files["train"], starts, model.config, device)  # a GPU still computes
+                if config.dropout:
+                    torch.manual_seed(hash(seed))  # of integers: the same in every process
                 with ctx:
                     _, loss = compiled_model(x, y)
-                x, y = next(batches)  # while the GPU computes
                 scaler.scale(loss / config.gradient_accumulation_steps).backward()
                 loss_sum += loss.detach()
             if WORLD_SIZE > 1:  # add up the gradients of all processes

@@ -87,7 +87,7 @@ def test_peer_that_cannot_be_reached(train):
                             " (RuntimeError: Gloo connectFullMesh failed)\n")
 
 
-def test_settings_for_one_gpu(dataset, tmp_path):
+def test_settings_for_one_gpu():
     """Four epochs, 480 sequences per iteration, for up to eight GPUs."""
     path = ROOT / "data" / "bookcorpus" / "train_gpt2.py"
     config, _ = parse_flags([str(path)])
@@ -96,6 +96,3 @@ def test_settings_for_one_gpu(dataset, tmp_path):
     assert config.max_iters * sequences * config.block_size == pytest.approx(4 * 1.24e9, rel=0.02)
     assert config.lr_decay_iters == config.max_iters and config.warmup_iters < 1000
     assert (config.n_layer, config.n_head, config.n_embd) == (12, 12, 768)
-    ended = run_script(TRAIN, path, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY,
-                       "--max_iters=2")
-    assert ended.returncode == 0 and "step 3: " in ended.stdout, ended.stderr
