@@ -750,6 +750,7 @@ def read_log(path):
 def plot_losses(path):
     """Plot the losses in log.jsonl to `path`. A failure is only a warning."""
     try:
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's is not valid in other processes
         from matplotlib.figure import Figure
         records = read_log(path.with_name("log.jsonl"))
         figure = Figure()
@@ -836,7 +837,7 @@ def train(config, given):
                     raise Stop
                 seed = config.seed, iter_num, micro_step
                 starts = random_starts(files["train"], config, seed, config.batch_size)
-                x, y = get_batch(files["train"], starts, model.config, device)  # a GPU still computes
+                x, y = get_batch(files["train"], starts, model.config, device)  # GPUs go on
                 if config.dropout:
                     torch.manual_seed(hash(seed))  # of integers: the same in every process
                 with ctx:
