@@ -42,6 +42,7 @@ def terminal(path):
     tty = os.open(path, os.O_RDWR)
     for number in range(3):
         os.dup2(tty, number)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # as a new interpreter has them
 
 
 def output_encoding(encoding):
