@@ -38,7 +38,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # if imported after init_process_group, gloo's threads stay alive
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -837,7 +836,8 @@ def train(config, given):
                     raise Stop
                 seed = config.seed, iter_num, micro_step
                 starts = random_starts(files["train"], config, seed, config.batch_size)
-                x, y = get_batch(files["train"], starts, model.config, device)  # GPUs go on
+                # meanwhile, a GPU computes the micro-batch before this one
+                x, y = get_batch(files["train"], starts, model.config, device)
                 if config.dropout:
                     torch.manual_seed(hash(seed))  # of integers: the same in every process
                 with ctx:
