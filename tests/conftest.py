@@ -1,11 +1,17 @@
 """Fixtures: an environment without the network or the user's caches, and runs of the scripts."""
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before a test imports torch; the tests run in parallel
 
 import pytest  # noqa: E402
 from common import (  # noqa: E402
     PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script, start_script)
+
+
+# as in a terminal: nohup and the background of a shell ignore these, and so would all processes
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
