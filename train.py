@@ -50,7 +50,7 @@ RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has no SIGHUP
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, HANGUP
 SIGNALS = []  # those received: train() saves and stops
-EVAL_SEED = 0, 2**32 - 1  # as (seed, iter_num), with an iteration that training never reaches
+EVAL_SEED = 0, 2**32 - 1  # like (seed, iter_num), with an iteration that training never reaches
 MODEL_FLAGS = "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"  # in GPTConfig, too
 GPT2_VOCAB_SIZE = 50257  # without padding
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken
@@ -156,7 +156,7 @@ class Config:
     compile: boolean = None  # use torch.compile for training; by default where Triton works
     seed: nonnegative_int = 1337  # random seed
     # sampling and export
-    sample: boolean = False  # generate text from the checkpoint in out_dir instead of training
+    sample: boolean = False  # do not train, but sample from out_dir or from --init_from=gpt2...
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
     num_samples: positive_int = 10  # number of samples to generate
     max_new_tokens: positive_int = 500  # tokens to generate per sample
@@ -205,8 +205,8 @@ def report(line, file=None):
     a full disk for example, lose only the line."""
     try:
         print(line, file=file)
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", errno.EPIPE) != errno.ENOSPC:
+    except (OSError, ValueError) as error:  # EINVAL: a pipe on Windows; ValueError: a closed file
+        if getattr(error, "errno", errno.EPIPE) in (errno.EPIPE, errno.EIO, errno.EINVAL):
             SIGNALS.append(HANGUP)
             # the rest goes nowhere; Python would fail again when it flushes the stream on exit
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -526,17 +526,18 @@ def load_checkpoint(path, dropout=0.0):
         state = {re.sub(r"^((_orig_mod|module)\.)+", "", name): tensor
                  for name, tensor in checkpoint["model"].items() if not name.endswith(MASKS)}
         # old checkpoints have no "bias", nanoGPT's have no "activation_function"
-        args = {"bias": "transformer.ln_f.bias" in state} | checkpoint["model_args"]
-        activation = checkpoint.get("activation_function", "gelu")
-        model = GPT(GPTConfig(**args | {"dropout": dropout}, activation_function=activation))
+        args = {"bias": "transformer.ln_f.bias" in state,
+                "activation_function": checkpoint.get("activation_function", "gelu"),
+                **checkpoint["model_args"], "dropout": dropout}
+        model = GPT(GPTConfig(**args))
         model.load_state_dict(state)
         return model, checkpoint
 
 
-def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config):
+def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config, keep_old):
     """In process 0, save the state before iteration iter_num: nanoGPT's keys and three of ours. No
     random state is needed, as batches and dropout masks follow from iter_num and the seed. The old
-    file stays until the new one is complete."""
+    file stays until the new one is complete; with keep_old, it is then renamed."""
     if RANK:
         return
     model_args = dict(vars(model.config))
@@ -561,6 +562,8 @@ def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, co
             os.fsync(file.fileno())
         for _ in range(100):  # on Windows, this fails while another program has `path` open
             with contextlib.suppress(PermissionError):
+                if keep_old and path.exists():
+                    os.replace(path, f"{path}.old")
                 return os.replace(new, path)
             time.sleep(0.3)
         os.replace(new, path)
@@ -619,7 +622,7 @@ def init_device(config):
     """(torch.device, autocast context). Joins the process group and replaces "auto" in `config`."""
     if config.device == "auto":
         config.device = ("cuda" if torch.cuda.is_available() else
-                         "mps" if torch.backends.mps.is_available() else "cpu")
+                         "mps" if torch.backends.mps.is_available() and WORLD_SIZE == 1 else "cpu")
         if config.device == "cpu":
             warn(f"PyTorch {torch.__version__} finds no GPU that it can use, so this runs on the"
                  " CPU; --device=cpu hides this warning")
@@ -627,8 +630,8 @@ def init_device(config):
     with user_error(f"--device={config.device}: not available"):
         device = torch.device(config.device)
         if on_cuda and WORLD_SIZE > 1:  # a GPU for each process of a node
-            index = os.environ.get("LOCAL_RANK") or RANK % torch.cuda.device_count()
-            device = torch.device("cuda", int(index))
+            index = int(os.environ.get("LOCAL_RANK") or RANK) % torch.cuda.device_count()
+            device = torch.device("cuda", index)
         elif config.device == "cuda":
             device = torch.device("cuda", 0)
         torch.zeros(1, device=device)
@@ -714,7 +717,7 @@ def open_log(config, iter_num):
     """Start wandb, open log.jsonl and write the config to both. Process 0 does so, others write
     to a null device. Returns the file."""
     if config.wandb_log and RANK == 0:
-        from wandb import init  # if wandb is not installed, wandb's folder of runs has no `init`
+        from wandb import init  # `import wandb` would find a folder ./wandb of earlier runs
         with user_error("--wandb_log=True: wandb does not start"):
             init(project=config.wandb_project, name=config.wandb_run_name, config=vars(config))
     if RANK or config.eval_only:
@@ -788,7 +791,7 @@ def train(config, given):
     ends the process. In the loop, the run stops before its next batch, and never during a save: the
     weights are those of iter_num, and a resumed run repeats the unfinished iteration or evaluation.
     The weights are saved, except if always_save_checkpoint is False, as there is no new validation
-    loss. A second Ctrl-C ends the process at once.
+    loss. Ctrl-C after any signal ends the process at once.
 
     Several processes finish the iteration, or the split that they evaluate, and stop together. They
     communicate before the loop, to start with equal weights; in each iteration, to add up gradients
@@ -810,8 +813,10 @@ def train(config, given):
         if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, handle_signal)
 
-    path = pathlib.Path(config.out_dir, "ckpt.pt")
+    ckpt_path = pathlib.Path(config.out_dir, "ckpt.pt")
     first_iter = saved = iter_num  # saved: the iteration that was loaded or saved; 0: none
+    if ckpt_path.exists() and not (saved or config.eval_only):
+        report(f"{ckpt_path} is of another run; the first save renames it to {ckpt_path.name}.old")
     status, mfu, t0, t0_iter = 0, None, time.perf_counter(), iter_num
     try:
         while True:
@@ -820,7 +825,8 @@ def train(config, given):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
-            # evaluate and save; as in nanoGPT, one more update follows the evaluation at max_iters
+            # evaluate and save; as in nanoGPT, one more update follows the evaluation at max_iters,
+            # and then a last evaluation
             finished = config.eval_only or iter_num > config.max_iters
             if finished or iter_num % config.eval_interval == 0:
                 losses = estimate_loss(compiled_model, files, config, ctx, device)
@@ -829,8 +835,8 @@ def train(config, given):
                 if improved:
                     best_val_loss = losses["val"]
                 if iter_num > saved and (improved or config.always_save_checkpoint):
-                    save_checkpoint(
-                        path, model, optimizers, scaler, iter_num, best_val_loss, config)
+                    save_checkpoint(ckpt_path, model, optimizers, scaler, iter_num, best_val_loss,
+                                    config, keep_old=not saved)
                     saved = iter_num
                 report(f"step {iter_num}: train loss {losses['train']:.4f},"
                        f" val loss {losses['val']:.4f}")
@@ -869,7 +875,7 @@ def train(config, given):
                 optimizer.zero_grad()
             scaler.update()
 
-            # log; reading the loss waits for the GPU
+            # log
             if iter_num % config.log_interval == 0 or iter_num == first_iter:
                 loss, = all_reduce([loss_sum.item() / config.gradient_accumulation_steps], device)
                 check_loss(loss, iter_num, scaler)
@@ -880,30 +886,31 @@ def train(config, given):
                 line = (f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text},"
                         f" {tokens_per_iter / dt:,.0f} tokens/s")
                 if iter_num > first_iter:  # the first one may compile
-                    left = datetime.timedelta(seconds=round(dt * (config.max_iters - iter_num)))
-                    line += f", {left} left"
+                    minutes, seconds = divmod(round(dt * (config.max_iters - iter_num)), 60)
+                    line += f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
                 if config.grad_clip:
                     line += f", grad norm {grad_norm:.4f}"
                 report(line)
                 log(config, log_file,
                     {"iter": iter_num, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)})
             iter_num += 1
-            if all_reduce([len(SIGNALS)], device) != [0]:
+            if any(all_reduce([len(SIGNALS)], device)):
                 raise Stop
     except Stop:
         status = 128 + max(SIGNALS, default=signal.SIGTERM)  # another process received the signal
         if iter_num > saved and config.always_save_checkpoint:
-            save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, config)
+            save_checkpoint(ckpt_path, model, optimizers, scaler, iter_num, best_val_loss, config,
+                            keep_old=not saved)
             saved = iter_num
     if RANK == 0 and iter_num > first_iter:  # not with eval_only
-        plot_losses(path.with_name("loss.png"))
+        plot_losses(ckpt_path.with_name("loss.png"))
     all_reduce([0], device)  # the others wait for process 0: torchrun ends a job at the first exit
 
     line = f"{iter_num} iterations, best val loss {best_val_loss:.4f}"
     if device.type == "cuda":
         line += f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     if saved:
-        report(f"{line}, iteration saved in {path}: {saved}; to resume, use the same flags and"
+        report(f"{line}, iteration saved in {ckpt_path}: {saved}; to resume, use the same flags and"
                " --init_from=resume")
     else:
         report(f"{line}, no checkpoint was saved")
@@ -968,6 +975,7 @@ def sample(config, given):
 def export(config, given):
     """Write the checkpoint in out_dir and GPT-2's tokenizer to the folder --export."""
     from safetensors.torch import save_file
+    from tiktoken import get_encoding
     from tiktoken.load import read_file_cached
     folder = pathlib.Path(config.export).absolute()
     model, checkpoint = load_checkpoint(pathlib.Path(config.out_dir, "ckpt.pt"))
@@ -987,22 +995,23 @@ def export(config, given):
                     "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     tokenizer_config = {"model_max_length": args.block_size,
                         "clean_up_tokenization_spaces": False}
-    new = folder.with_name(folder.name + ".new")
-    new.mkdir(parents=True, exist_ok=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.new-", dir=folder.parent) as temporary:
+        new = pathlib.Path(temporary, folder.name)
+        new.mkdir()
         (new / "config.json").write_text(json.dumps(model_config))
         (new / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
         save_file(transposed(state), new / "model.safetensors", {"format": "pt"})
         shutil.copymode(new / "config.json", new / "model.safetensors")  # others can read it
         with gpt2_files():
-            for name, their_name in GPT2_FILES.items():
-                (new / their_name).write_bytes(read_file_cached(GPT2_URL + name))
+            get_encoding("gpt2")  # checks the files
+            contents = [read_file_cached(GPT2_URL + name) for name in GPT2_FILES]
+        for their_name, content in zip(GPT2_FILES.values(), contents):
+            (new / their_name).write_bytes(content)
         with user_error(f"--export={config.export}: not a new or empty folder"):
             if folder.exists():
                 folder.rmdir()  # Windows cannot replace even an empty one
             os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def main():
@@ -1022,9 +1031,9 @@ def main():
         status = 128 + signal.SIGINT
     except Exception as error:
         report(f"train.py: {explain(error) or traceback.format_exc().strip()}", sys.stderr)
-        if WORLD_SIZE > 1:
-            os._exit(1)  # the usual exit may wait for another process
         status = 1
+    if dist.is_initialized():
+        os._exit(status)  # the usual exit may wait for another process
     for number, handler in handlers.items():  # in a notebook, the process goes on
         signal.signal(number, handler or signal.SIG_DFL)
     SIGNALS.clear()

@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -43,7 +44,9 @@ def test_export(tmp_path, bias, activation, dropout):
     model = save_checkpoint(tmp_path, activation=activation, bias=bias, dropout=dropout, n_embd=32)
     ended = export(tmp_path, before="import os, shutil\nshutil.copymode = lambda *_: os._exit(9)")
     folder = tmp_path / "gpt"
-    assert ended.returncode == 9 and not folder.exists(), "a failed export left a folder"
+    assert ended.returncode == 9 and not folder.exists(), "a killed export left a folder"
+    left, = tmp_path.glob("gpt.new-*")
+    shutil.rmtree(left)
     ended = export(tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "gpt"}
@@ -111,8 +114,9 @@ def test_exported_tokenizer(tmp_path):
 def test_folder_of_an_export(refused, tmp_path):
     """It may be empty, also on Windows, where os.replace does not replace folders."""
     save_checkpoint(tmp_path)
-    folder = tmp_path / "gpt"
+    folder, other = tmp_path / "gpt", tmp_path / "gpt.new"
     folder.mkdir()
+    other.mkdir()  # not a temporary folder of train.py
     ended = export(tmp_path, before=(
         "import os\nreplace = os.replace\n"
         "def replace_file(source, target):\n"
@@ -125,7 +129,8 @@ def test_folder_of_an_export(refused, tmp_path):
     line = refused(f"--out_dir={tmp_path}", f"--export={folder}", script=TRAIN)
     assert f"--export={folder}: not a new or empty folder" in line
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
-    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "gpt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "gpt", "gpt.new"}
+    assert not any(other.iterdir())
 
 
 # GPT-2 in transformers' format -----------------------------------------------

@@ -53,8 +53,8 @@ def free_port():
         return free.getsockname()[1]
 
 
-def checkpoint_in(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)
+def checkpoint_in(folder, name="ckpt.pt"):
+    return torch.load(folder / name, weights_only=True)
 
 
 def same_state(one, other):
@@ -238,11 +238,20 @@ def test_gpu_of_each_process(monkeypatch, fake_gpus):
         for device in "cuda", "cuda:1":
             found, _ = init_device(Config(device=device))
             assert found == torch.device("cuda", rank % 2)
-    for local_rank in range(2):
+    for local_rank in range(4):  # more than the GPUs that a process sees: that of Slurm's node
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         for device in "cuda", "cuda:1":
             found, _ = init_device(Config(device=device))
-            assert found == torch.device("cuda", local_rank)
+            assert found == torch.device("cuda", local_rank % 2)
+
+
+def test_several_processes_without_cuda_use_the_cpu(monkeypatch):
+    """gloo has no tensors of Apple's GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)
+    monkeypatch.setattr("train.WORLD_SIZE", 2)
+    assert init_device(Config())[0] == torch.device("cpu")
 
 
 def greedy(state, text, count):

@@ -1,5 +1,7 @@
 """train.py: paths, files, seeds, processes and the settings for one GPU."""
+import re
 import shutil
+import signal
 from functools import partial
 
 import pytest
@@ -37,7 +39,7 @@ def test_file_system_without_memory_maps(train):
 
 
 def test_two_runs_in_one_folder(train, start, dataset, tmp_path):
-    """One saves while the other does. Neither ends the other, and ckpt.pt is always whole."""
+    """One saves while the other does. Neither ends the other, and no checkpoint is lost."""
     first = start(TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY,
                   "--max_iters=3", "--eval_interval=2",
                   before=partial(faults.wait_at_call, "os.fsync", 1, tmp_path))
@@ -48,8 +50,25 @@ def test_two_runs_in_one_folder(train, start, dataset, tmp_path):
     (tmp_path / "go").touch()
     assert (first.wait(), output_of(first, "stderr")) == (0, "")
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 4
+    assert checkpoint_in(tmp_path / "out", "ckpt.pt.old")["iter_num"] == 2
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"ckpt.pt", "log.jsonl", "loss.png"}
+    assert names == {"ckpt.pt", "ckpt.pt.old", "log.jsonl", "loss.png"}
+
+
+def test_forgotten_resume(train, tmp_path):
+    """A new run, stopped in its first iterations, keeps the checkpoint of an earlier one."""
+    out, stop = tmp_path / "out", partial(faults.signal_after_updates, 1, signal.SIGINT)
+    assert "ckpt.pt.old" not in train("--max_iters=2").stdout
+    earlier = (out / "ckpt.pt").read_bytes()
+    ended = train("--eval_only=True")
+    assert "ckpt.pt.old" not in ended.stdout and not (out / "ckpt.pt.old").exists()
+    ended = train(before=stop)
+    assert ended.returncode == 130 and "the first save renames it to ckpt.pt.old" in ended.stdout
+    assert (out / "ckpt.pt.old").read_bytes() == earlier
+    ended = train("--init_from=resume", before=stop)  # no other run, so nothing is renamed
+    assert ended.returncode == 130 and "ckpt.pt.old" not in ended.stdout
+    assert checkpoint_in(out)["iter_num"] == 2
+    assert (out / "ckpt.pt.old").read_bytes() == earlier
 
 
 def test_checkpoint_that_another_program_reads(train):
@@ -85,6 +104,12 @@ def test_peer_that_cannot_be_reached(train):
     assert ended.returncode == 1 and "--device" not in ended.stderr
     assert ended.stderr == ("train.py: --backend=gloo: cannot connect to the other processes"
                             " (RuntimeError: Gloo connectFullMesh failed)\n")
+
+
+def test_time_left_of_a_run_without_an_end(train):
+    ended = train("--max_iters=1e18", before=partial(faults.signal_after_updates, 3, signal.SIGINT))
+    assert (ended.returncode, ended.stderr) == (130, "")
+    assert re.search(r"^iter 1: .*, \d{10,}:\d\d:\d\d left", ended.stdout, re.MULTILINE)
 
 
 def test_settings_for_one_gpu():

@@ -1,4 +1,5 @@
 """train.py when its output ends: it saves a whole checkpoint and can be resumed."""
+import errno
 import os
 import shlex
 import signal
@@ -98,6 +99,16 @@ def test_output_that_nobody_reads(whole, dataset, tmp_path, processes, reader, m
     expected, last = whole[processes]
     assert reached == last and tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("name, stops", [
+    ("EPIPE", True), ("EIO", True), ("ENOSPC", False), ("EDQUOT", False), ("EAGAIN", False)])
+def test_output_that_fails(train, tmp_path, name, stops):
+    """A run stops if nobody can read its output. A full disk or quota costs only lines."""
+    ended = train("--max_iters=3", before=partial(faults.failing_output, getattr(errno, name)))
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGHUP if stops else 0, "")
+    assert ended.stdout.count("\n") == 3
+    assert state(tmp_path / "out")[1] == (2 if stops else 4)
 
 
 def test_notebook(train):

@@ -67,6 +67,20 @@ def notebook():
     multiprocessing.util.Finalize(None, compare, exitpriority=0)
 
 
+def failing_output(number):
+    """From its fourth line on, printing fails with the error `number`."""
+    class Stream:
+        lines = 0
+
+        def write(self, text, stdout=sys.stdout):
+            self.lines += text.count("\n")
+            if self.lines >= 4:
+                raise OSError(number, os.strerror(number))
+            return stdout.write(text)
+
+    sys.stdout = Stream()
+
+
 def little_memory():
     """8 GiB of address space."""
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
