@@ -8,8 +8,8 @@ In a plain text file each line is a row, without its newline. Consecutive rows c
 documents, which then take the place of rows. Rows are shuffled by default.
 
 Start reading at prepare(), which loads, splits, tokenizes and writes. What it calls follows in this
-order; then come local files and their formats, child processes, and run(), which moves complete
-files to their place.
+order; then come statistics, the output folder, local files and their formats, child processes, and
+run(), which calls prepare() and moves complete files to their place.
 """
 import argparse
 import codecs
@@ -124,9 +124,7 @@ def errors_in(place):
     except Exception as error:
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__
-        what = str(error) or repr(error)
-        if isinstance(error, EOFError):
-            what += " (was a worker process killed?)"
+        what = str(error) or f"{error!r} (was a worker process killed?)"  # EOFError, TimeoutError
         raise LocatedError(f"{place}: {what}") from error
 
 
@@ -141,11 +139,12 @@ def prepare(flags, files, work):
             rows = load_files(files, columns, work)
         else:
             rows = load_from_hub(flags.source, columns, work)
-        n_loaded = len(rows)
-        if flags.drop_repeated:
+    n_loaded = len(rows)
+    if flags.drop_repeated:
+        with errors_in(f"dropping repeated rows of --source={flags.source} in {work}"):
             rows = drop_repeated(rows, columns, flags.drop_repeated, work)
 
-    # a document is a range of rows; without these two flags, each row is a document
+    # a document is a range of rows, by default one row
     unit = "document" if flags.document_column or flags.rows_per_document > 1 else "row"
     with errors_in(f"--source={flags.source}"):
         starts = document_starts(rows.data, flags.rows_per_document)
@@ -226,9 +225,9 @@ def write_rows(batches, columns, path):
 
 def drop_repeated(rows, columns, n, work):
     """A Dataset of the rows that are not in a run of at least `n` rows of the Dataset `rows` that
-    occurred before, at an earlier row. Runs with the same hash are taken for equal: among 74
-    million runs of ordinary text, two different ones have the same hash with a probability of 1 in
-    7,000."""
+    occurred before, at an earlier row; the two can overlap, so of 17 equal rows and with n = 16,
+    one is kept. Runs with the same hash are taken for equal: among 74 million runs of ordinary
+    text, two different ones have the same hash with a probability of 1 in 7,000."""
     batches = rows.data.to_batches(100_000)
     first_rows = np.cumsum([0, *map(len, batches)])
     sums = np.zeros(len(rows) + 1, np.uint64)
@@ -277,11 +276,11 @@ def document_starts(rows, rows_per_document):
 def document_sizes(rows, starts, unit):
     """The bytes of text of each document, an int32 array. Raises ValueError for rows of the Dataset
     `rows` that are not text and for a document that is too long."""
-    sizes = np.empty(len(rows), np.int32)
+    sizes = np.empty(len(rows), np.int32)  # of the rows
     first_row = 0
     for batch in rows.data.to_batches():
-        row_sizes = np.diff(offsets(get_strings(batch, "text", first_row)))
-        sizes[first_row:first_row + len(batch)] = np.minimum(row_sizes, DOCUMENT_BYTES + 1)
+        batch_sizes = np.diff(offsets(get_strings(batch, "text", first_row)))
+        sizes[first_row:first_row + len(batch)] = np.minimum(batch_sizes, DOCUMENT_BYTES + 1)
         first_row += len(batch)
     if len(starts) < len(sizes):  # rows are joined with a space
         sizes = np.add.reduceat(sizes + 1, starts, dtype=np.int64) - 1
@@ -440,9 +439,9 @@ def tokenize(batch, rows, rows_per_document):
 
 
 def write_splits(work, chunks, train, val, num_proc, unit):
-    """Write val.bin and train.bin to the folder `work`: the rows with the numbers `train` and `val`
-    of `chunks`, a list of pa.BinaryArrays. Returns the statistics, a dict, in which a row is called
-    `unit`. Raises OSError if the disk is too small."""
+    """Write val.bin and train.bin to the folder `work`: the documents with the numbers `val` and
+    `train` of `chunks`, a list of pa.BinaryArrays. Returns the statistics, a dict, which call a
+    document `unit`. Raises OSError if the disk is too small."""
     lengths = np.concatenate([np.diff(offsets(chunk)) // TOKEN.itemsize for chunk in chunks])
     needed = int(lengths.sum(dtype=np.int64)) * TOKEN.itemsize
     if (free := shutil.disk_usage(work).free) < needed:
@@ -463,9 +462,8 @@ def write_splits(work, chunks, train, val, num_proc, unit):
 
 
 def write(path, chunks, numbers, lengths, known, pool, unit):
-    """Write the rows with these `numbers`, which have `lengths` tokens, to `path`, in shards.
-    Returns the statistics of the split, and a bool array: which rows of `known` are in it.
-    """
+    """Write the documents with these `numbers`, which have `lengths` tokens, to `path`, in shards.
+    Returns the statistics of the split, and a bool array: which documents of `known` are in it."""
     n_tokens = int(lengths.sum(dtype=np.int64))
     stats = {f"{unit}s": len(numbers), "tokens": n_tokens, "bytes": n_tokens * TOKEN.itemsize,
              f"tokens per {unit}, mean": round(n_tokens / len(numbers), 2),
@@ -564,6 +562,7 @@ def publish(work, out_dir):
     SIGKILL can leave files missing, but never mixes old and new ones."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # stats.json is moved away first and to its place last: the files beside it belong to it
     names, old = ["train.bin", "val.bin", "stats.json"], work / "old"
     old.mkdir()
     moves = [(out_dir / name, old / name) for name in names[::-1] if (out_dir / name).exists()]
@@ -875,7 +874,8 @@ def child_processes(folder):
     for number, handler in handlers.items():
         if number in (signal.SIGINT, signal.SIGTERM) or handler != signal.SIG_IGN:  # not nohup
             signal.signal(number, stop)
-    multiprocess.util.register_after_fork(stop, start_child)  # until `stop` is freed
+    # calls start_child(stop) in each child process, until `stop` is freed
+    multiprocess.util.register_after_fork(stop, start_child)
     start_method = multiprocess.get_start_method(allow_none=True)
     if sys.platform == "darwin":  # where fork is the default of multiprocess, but not safe
         multiprocess.set_start_method("spawn", force=True)
@@ -922,8 +922,8 @@ def run(flags):
             if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
                 update_readme(work / "readme.md", summary(stats))
         except Exception as error:
-            failure = str(error) or repr(error)
-        gc.collect()  # without the exception, no file is mapped: Windows would not remove it
+            failure = str(error) or repr(error)  # the exception itself would keep files mapped,
+        gc.collect()  # which Windows does not remove
     if failure:
         raise LocatedError(failure)
     return stats
