@@ -6,6 +6,8 @@
 First calls tiktoken's `encode_ordinary` for each row, in --num_proc processes. Then runs
 prepare.py with empty caches and compares the bytes with the oracle. Prints the time and the peak
 memory of each stage (anonymous memory of all processes together, Linux only) and the disk space.
+Other flags are passed to prepare.py. With --drop_repeated or --document_column, the bytes are not
+compared.
 """
 import argparse
 import contextlib
@@ -124,8 +126,10 @@ def run_prepare(flags, work):
             for stage, start, end in zip(starts, times, times[1:])}, peak_disk
 
 
-def compare_with_oracle(files, out, origin, limit):
-    """Compare up to `limit` documents of each split with the oracle. Returns their number."""
+def compare_with_oracle(files, out, stats):
+    """Compare the documents of each split with the oracle; of more than 200 million tokens, about
+    10 million. Returns the number of documents that were compared."""
+    origin = stats["origin"]
     n_rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
     rows_per_document = origin["rows_per_document"]
     n = math.ceil(n_rows / rows_per_document)
@@ -139,7 +143,9 @@ def compare_with_oracle(files, out, origin, limit):
         bounds = np.append(0, np.flatnonzero(ids == 50256) + 1)
         assert len(bounds) - 1 == len(numbers), f"{name}.bin has {len(bounds) - 1:,} documents"
         assert bounds[-1] == len(ids), f"{name}.bin does not end with 50256"
-        chosen = np.random.default_rng(1).choice(len(numbers), min(limit, len(numbers)), False)
+        share = 1 if stats["train"]["tokens"] < 200e6 else 5e6 / len(ids)
+        n_chosen = min(len(numbers), math.ceil(share * len(numbers)))
+        chosen = np.random.default_rng(1).choice(len(numbers), n_chosen, False)
         for i in chosen:
             found[int(numbers[i])] = ids[bounds[i]:bounds[i + 1]].tobytes()
     texts, first = {number: [] for number in found}, 0
@@ -162,21 +168,20 @@ def main():
     parser.add_argument("--rows", type=int, default=1_000_000,
                         help="size of the corpus that is made if there is no --source")
     parser.add_argument("--num_proc", type=int, default=2, help="number of processes")
-    parser.add_argument("--shuffle", default="True", help="--shuffle of prepare.py")
-    parser.add_argument("--rows_per_document", type=int, default=1, help="of prepare.py")
+    parser.add_argument("--skip_tiktoken", action="store_true", help="do not time tiktoken alone")
     parser.add_argument("--tmp", help="folder for temporary files: needs twice the size of the text"
                                       " and 2.5 times that of train.bin and val.bin")
-    flags = parser.parse_args()
+    flags, others = parser.parse_known_args()
     with tempfile.TemporaryDirectory(dir=flags.tmp) as folder:
         work = pathlib.Path(folder)
         if not flags.source:
             make_corpus(work / "corpus.parquet", flags.rows)
         source = flags.source or str(work / "corpus.parquet")
         files = sorted(glob.glob(f"{source}/*.parquet" if os.path.isdir(source) else source))
-        tiktoken_seconds = time_tiktoken(files, flags.num_proc)
-        stages, peak_disk = run_prepare([
-            f"--source={source}", f"--num_proc={flags.num_proc}", f"--shuffle={flags.shuffle}",
-            f"--rows_per_document={flags.rows_per_document}"], work)
+        if not flags.skip_tiktoken:
+            tiktoken_seconds = time_tiktoken(files, flags.num_proc)
+        stages, peak_disk = run_prepare(
+            [f"--source={source}", f"--num_proc={flags.num_proc}", *others], work)
         stats = json.loads((work / "out" / "stats.json").read_text())
         seconds, peaks = zip(*stages.values())
         size = stats["train"]["bytes"] + stats["val"]["bytes"]
@@ -186,16 +191,15 @@ def main():
         for stage, (time_taken, peak) in stages.items():
             print(f"| {stage} | {time_taken:.1f} | {peak / 1e9:.2f} |")
         print(f"| total | {sum(seconds):.1f} | {max(peaks) / 1e9:.2f} |")
-        print(f"| tiktoken alone | {tiktoken_seconds:.1f} | |\n")
-        print(f"time: {sum(seconds) / tiktoken_seconds:.2f} times that of tiktoken alone")
-        print(f"disk space: {peak_disk / size:.2f} times the size of train.bin and val.bin at the"
-              f" peak, {disk_space(work / 'out') / size:.2f} times after the run;"
-              f" {disk_space(work / 'hf') / 1e9:.2f} GB in the cache of datasets")
-        # all rows of a small corpus
-        limit = (n_rows if n_rows <= 10_000_000 else 500_000) // flags.rows_per_document + 1
-        compared = compare_with_oracle(files, work / "out", stats["origin"], limit)
-        unit = "rows" if flags.rows_per_document == 1 else "documents"
-        print(f"{compared:,} {unit} compared with the oracle: equal")
+        if not flags.skip_tiktoken:
+            print(f"| tiktoken alone | {tiktoken_seconds:.1f} | |\n")
+            print(f"time: {sum(seconds) / tiktoken_seconds:.2f} times that of tiktoken alone")
+        print(f"\ndisk space: {peak_disk / 1e9:.2f} GB at the peak, {peak_disk / size:.2f} times the"
+              f" size of train.bin and val.bin, {disk_space(work / 'out') / size:.2f} times after"
+              f" the run; {disk_space(work / 'hf') / 1e9:.2f} GB in the cache of datasets")
+        if not {"--drop_repeated", "--document_column"} & {flag.split("=")[0] for flag in others}:
+            compared = compare_with_oracle(files, work / "out", stats)
+            print(f"{compared:,} rows or documents compared with the oracle: equal")
 
 
 if __name__ == "__main__":
