@@ -12,6 +12,7 @@ import pickle
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -255,6 +256,12 @@ def wait_for_line(process, start):
     line = wait_for(find, process)
     assert line is not None, f"no line {start!r}: {output_of(process, 'stderr')}"
     return line
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def child_processes(pid):

@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
 from functools import partial
 
@@ -20,7 +19,7 @@ import pytest
 import torch
 import train_faults as faults
 from common import (ONE_NODE, ROOT, SAMPLE, TINY, TORCHRUN, TRAIN, TWO_NODES, child_processes,
-                    finish, gpt2, run_script, wait_for, wait_for_line)
+                    finish, free_port, gpt2, run_script, wait_for, wait_for_line)
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
@@ -45,12 +44,6 @@ def start_job(start, dataset, tmp_path):
     return lambda *flags, torchrun=ONE_NODE.replace("=8", "=2"), **options: start(
         TORCHRUN, *torchrun.split(), TRAIN, f"--dataset={dataset}",
         f"--out_dir={tmp_path / 'two'}", *TINY, *flags, **options)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def checkpoint_in(folder, name="ckpt.pt"):

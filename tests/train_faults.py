@@ -276,6 +276,12 @@ def wait_at_call(name, number, folder):
     setattr(owner, attribute, wait)
 
 
+def pipe_output(path, *call):
+    """Write to the named pipe `path`; wait_at_call(*call)."""
+    sys.stdout = open(path, "w")
+    wait_at_call(*call)
+
+
 # updates -----------------------------------------------------------------------
 
 
