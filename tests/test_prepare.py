@@ -779,18 +779,22 @@ def test_drop_repeated(prepare, tmp_path, n, flags, options):
     assert line in ended.stdout and (n_dropped > 0) == (n < 10**6)
 
 
-def test_drop_repeated_on_the_hub(prepare, refused, tmp_path):
-    """And the setting is part of the origin."""
+def test_drop_repeated_on_the_hub(prepare, tmp_path):
     files = {"rows.parquet": write_parquet(tmp_path / "rows", REPEATED).read_bytes()}
     with serve(files, "some/books") as hub:
-        environment = hub.environment(tmp_path)
-        flags = "--source=some/books", f"--out_dir={tmp_path}"
-        ended = prepare(*flags, "--drop_repeated=16", **environment)
-        assert ended.returncode == 0, ended.stderr
-        assert bins(tmp_path) == oracle([REPEATED[i] for i in rows_to_keep(REPEATED, 16)])
-        assert "drop_repeated: 16, now None" in refused(*flags, **environment)
-        assert prepare(*flags, "--overwrite=True", **environment).returncode == 0
-        assert "drop_repeated: None, now 16" in refused(*flags, "--drop_repeated=16", **environment)
+        ended = prepare("--source=some/books", f"--out_dir={tmp_path}", "--drop_repeated=16",
+                        **hub.environment(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert bins(tmp_path) == oracle([REPEATED[i] for i in rows_to_keep(REPEATED, 16)])
+
+
+def test_drop_repeated_is_part_of_the_origin(prepare, refused, tmp_path):
+    source = write_parquet(tmp_path / "rows.parquet", REPEATED)
+    flags = f"--source={source}", f"--out_dir={tmp_path}"
+    assert prepare(*flags, "--drop_repeated=16").returncode == 0
+    assert "drop_repeated: 16, now None" in refused(*flags)
+    assert prepare(*flags, "--overwrite=True").returncode == 0
+    assert "drop_repeated: None, now 16" in refused(*flags, "--drop_repeated=16")
     assert bins(tmp_path) == oracle(REPEATED)
 
 
