@@ -156,7 +156,7 @@ class Config:
     compile: boolean = None  # use torch.compile for training; by default where Triton works
     seed: nonnegative_int = 1337  # random seed
     # sampling and export
-    sample: boolean = False  # do not train, but sample from out_dir or from --init_from=gpt2...
+    sample: boolean = False  # generate text with the model in out_dir, or --init_from=gpt2 etc.
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
     num_samples: positive_int = 10  # number of samples to generate
     max_new_tokens: positive_int = 500  # tokens to generate per sample
@@ -201,16 +201,16 @@ def explain(error):
 
 
 def report(line, file=None):
-    """Print `line`. If nobody reads the output any more, this is a signal to stop. Other failures,
-    a full disk for example, lose only the line."""
+    """Print `line`. If this fails, later lines go nowhere. A full disk does not stop the run, but
+    output that nobody reads any more is a signal to stop."""
     try:
         print(line, file=file)
     except (OSError, ValueError) as error:  # EINVAL: a pipe on Windows; ValueError: a closed file
         if getattr(error, "errno", errno.EPIPE) in (errno.EPIPE, errno.EIO, errno.EINVAL):
             SIGNALS.append(HANGUP)
-            # the rest goes nowhere; Python would fail again when it flushes the stream on exit
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+        # otherwise, Python would fail again when it flushes the stream on exit
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 @functools.cache
@@ -560,13 +560,15 @@ def save_checkpoint(path, model, optimizers, scaler, iter_num, best_val_loss, co
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        for _ in range(100):  # on Windows, this fails while another program has `path` open
-            with contextlib.suppress(PermissionError):
+        for attempt in range(100):
+            try:
                 if keep_old and path.exists():
                     os.replace(path, f"{path}.old")
                 return os.replace(new, path)
-            time.sleep(0.3)
-        os.replace(new, path)
+            except PermissionError:  # on Windows, while another program has one of them open
+                if attempt == 99:
+                    raise
+                time.sleep(0.3)
 
 
 def init_model(config, given, device):
@@ -630,8 +632,8 @@ def init_device(config):
     with user_error(f"--device={config.device}: not available"):
         device = torch.device(config.device)
         if on_cuda and WORLD_SIZE > 1:  # a GPU for each process of a node
-            index = int(os.environ.get("LOCAL_RANK") or RANK) % torch.cuda.device_count()
-            device = torch.device("cuda", index)
+            index = int(os.environ.get("LOCAL_RANK") or RANK)
+            device = torch.device("cuda", index % max(torch.cuda.device_count(), 1))
         elif config.device == "cuda":
             device = torch.device("cuda", 0)
         torch.zeros(1, device=device)
@@ -791,7 +793,7 @@ def train(config, given):
     ends the process. In the loop, the run stops before its next batch, and never during a save: the
     weights are those of iter_num, and a resumed run repeats the unfinished iteration or evaluation.
     The weights are saved, except if always_save_checkpoint is False, as there is no new validation
-    loss. Ctrl-C after any signal ends the process at once.
+    loss. A second Ctrl-C ends the process at once.
 
     Several processes finish the iteration, or the split that they evaluate, and stop together. They
     communicate before the loop, to start with equal weights; in each iteration, to add up gradients
@@ -816,7 +818,7 @@ def train(config, given):
     ckpt_path = pathlib.Path(config.out_dir, "ckpt.pt")
     first_iter = saved = iter_num  # saved: the iteration that was loaded or saved; 0: none
     if ckpt_path.exists() and not (saved or config.eval_only):
-        report(f"{ckpt_path} is of another run; the first save renames it to {ckpt_path.name}.old")
+        report(f"{ckpt_path} belongs to another run; the first save renames it to ckpt.pt.old")
     status, mfu, t0, t0_iter = 0, None, time.perf_counter(), iter_num
     try:
         while True:

@@ -231,7 +231,7 @@ def test_gpu_of_each_process(monkeypatch, fake_gpus):
         for device in "cuda", "cuda:1":
             found, _ = init_device(Config(device=device))
             assert found == torch.device("cuda", rank % 2)
-    for local_rank in range(4):  # more than the GPUs that a process sees: that of Slurm's node
+    for local_rank in range(4):  # Slurm may show a process fewer GPUs than the node has
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         for device in "cuda", "cuda:1":
             found, _ = init_device(Config(device=device))
@@ -239,7 +239,7 @@ def test_gpu_of_each_process(monkeypatch, fake_gpus):
 
 
 def test_several_processes_without_cuda_use_the_cpu(monkeypatch):
-    """gloo has no tensors of Apple's GPUs."""
+    """gloo does not support MPS tensors."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: None)

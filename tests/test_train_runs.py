@@ -50,7 +50,7 @@ def test_two_runs_in_one_folder(train, start, dataset, tmp_path):
     (tmp_path / "go").touch()
     assert (first.wait(), output_of(first, "stderr")) == (0, "")
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 4
-    assert checkpoint_in(tmp_path / "out", "ckpt.pt.old")["iter_num"] == 2
+    assert checkpoint_in(tmp_path / "out", "ckpt.pt.old")["config"]["max_iters"] == 1
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"ckpt.pt", "ckpt.pt.old", "log.jsonl", "loss.png"}
 

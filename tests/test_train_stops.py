@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 import torch
 import train_faults as faults
-from common import (ROOT, TINY, TORCHRUN, TRAIN, finish, free_port, group_has_ended, output_of,
-                    start_script, wait_for)
+from common import (ROOT, TINY, TORCHRUN, TRAIN, discard, finish, free_port, group_has_ended,
+                    output_of, start_script, wait_for)
 
 # evaluations at 0, 2, 4 and 6, checkpoints at 2, 4 and 6
 FLAGS = [*TINY, "--dropout=0.1", "--eval_interval=2", "--max_iters=5"]
@@ -46,13 +46,17 @@ def run_all(processes, flags, out):
     """Train to the end, from the checkpoint in `out` if there is one. Returns the final state."""
     resume = ["--init_from=resume"] if (out / "ckpt.pt").exists() else []
     job = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost",
-           "MASTER_PORT": str(free_port())}  # as torchrun sets them, but forked: 10 s faster
+           "MASTER_PORT": str(free_port())}  # the variables of torchrun; forking saves 10 s
     started = [start_script(TRAIN, *flags, f"--out_dir={out}", *resume,
                             before=partial(faults.variables, job | {"RANK": str(rank)}))
                for rank in range(processes)]
-    for process in started:
-        ended = finish(process)
-        assert ended.returncode == 0, ended.stderr
+    try:
+        for process in started:
+            ended = finish(process)
+            assert ended.returncode == 0, ended.stderr
+    finally:
+        for process in started:
+            discard(process)
     return state(out)
 
 
@@ -109,7 +113,7 @@ def test_output_of_a_job_that_nobody_reads(whole, dataset, tmp_path, reader, mom
         stdout=subprocess.DEVNULL,  # that of tee
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
-        wait_for((tmp_path / "reached").exists, process)
+        assert wait_for((tmp_path / "reached").exists, process)
         if reader == "tee":
             os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
         else:
@@ -121,6 +125,7 @@ def test_output_of_a_job_that_nobody_reads(whole, dataset, tmp_path, reader, mom
     assert group_has_ended(process.pid)
     errors = (tmp_path / "errors").read_text()
     assert f'{TRAIN}", line' not in errors, errors
+    assert (out / "ckpt.pt").exists()
     assert_resumed(2, flags, out, whole(2))
 
 
@@ -132,6 +137,11 @@ def test_output_that_fails(train, tmp_path, name, stops):
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGHUP if stops else 0, "")
     assert ended.stdout.count("\n") == 3
     assert state(tmp_path / "out")[1] == (2 if stops else 4)
+
+
+def test_full_disk_under_the_output(train, tmp_path):
+    ended = train("--max_iters=3", before=faults.full_disk_under_output)
+    assert (ended.returncode, ended.stderr) == (0, "") and state(tmp_path / "out")[1] == 4
 
 
 def test_notebook(train):

@@ -67,6 +67,10 @@ def notebook():
     multiprocessing.util.Finalize(None, compare, exitpriority=0)
 
 
+def full_disk_under_output():
+    sys.stdout = open("/dev/full", "w")
+
+
 def failing_output(number):
     """From its fourth line on, printing fails with the error `number`."""
     class Stream:
@@ -372,11 +376,6 @@ def no_norm():
 
 
 # checkpoints -------------------------------------------------------------------
-
-
-def exit_in_export():
-    """The process ends, with exit status 9, when it has written the weights."""
-    shutil.copymode = lambda *arguments: os._exit(9)
 
 
 def endless_save(marker):

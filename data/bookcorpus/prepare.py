@@ -124,7 +124,9 @@ def errors_in(place):
     except Exception as error:
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__
-        what = str(error) or f"{error!r} (was a worker process killed?)"  # EOFError, TimeoutError
+        what = str(error) or repr(error)
+        if isinstance(error, (EOFError, multiprocess.TimeoutError)):
+            what += " (was a worker process killed?)"
         raise LocatedError(f"{place}: {what}") from error
 
 
@@ -225,8 +227,8 @@ def write_rows(batches, columns, path):
 
 def drop_repeated(rows, columns, n, work):
     """A Dataset of the rows that are not in a run of at least `n` rows of the Dataset `rows` that
-    occurred before, at an earlier row; the two can overlap, so of 17 equal rows and with n = 16,
-    one is kept. Runs with the same hash are taken for equal: among 74 million runs of ordinary
+    occurred before, at an earlier row. The two can overlap: with n = 16, one of 17 equal rows is
+    kept. Runs with the same hash are taken for equal: among 74 million runs of ordinary
     text, two different ones have the same hash with a probability of 1 in 7,000."""
     batches = rows.data.to_batches(100_000)
     first_rows = np.cumsum([0, *map(len, batches)])
@@ -922,8 +924,8 @@ def run(flags):
             if flags.source == BOOKCORPUS and flags.out_dir.samefile(HERE):
                 update_readme(work / "readme.md", summary(stats))
         except Exception as error:
-            failure = str(error) or repr(error)  # the exception itself would keep files mapped,
-        gc.collect()  # which Windows does not remove
+            failure = str(error) or repr(error)
+        gc.collect()  # the exception would keep files mapped, which Windows cannot remove
     if failure:
         raise LocatedError(failure)
     return stats

@@ -2,10 +2,10 @@
 #
 #     python train.py data/bookcorpus/train_gpt2.py
 #
-# BookCorpus has an estimated 1.24 billion tokens, so an epoch has 2,520 iterations of 480 * 1,024
-# tokens, and this trains for four epochs; or for six, if --drop_repeated=16 left 0.8 billion tokens
-# (estimated: 65% of the books). More passes over the same text bring little (Muennighoff et al.,
-# 2023, https://arxiv.org/abs/2305.16264).
+# BookCorpus has an estimated 1.24 billion tokens: 2,520 iterations of 480 * 1,024 tokens. This
+# trains for four epochs of it, or for six of the 0.8 billion tokens (estimated) that
+# --drop_repeated=16 leaves. More than four passes over the same text bring little (Muennighoff et
+# al., 2023, https://arxiv.org/abs/2305.16264).
 
 dataset = "bookcorpus"
 out_dir = "out-gpt2"
@@ -20,5 +20,5 @@ lr_decay_iters = 10000
 warmup_iters = 500
 
 eval_interval = 500
-eval_iters = 0  # evaluate on all of val.bin, an estimated 0.6 million tokens
+eval_iters = 0  # evaluate on all of val.bin, an estimated 0.4 to 0.6 million tokens
 log_interval = 10

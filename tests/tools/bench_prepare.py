@@ -128,7 +128,7 @@ def run_prepare(flags, work):
 
 def compare_with_oracle(files, out, stats):
     """Compare the documents of each split with the oracle; of more than 200 million tokens, about
-    10 million. Returns the number of documents that were compared."""
+    5 million of each split. Returns the number of documents that were compared."""
     origin = stats["origin"]
     n_rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
     rows_per_document = origin["rows_per_document"]
