@@ -515,7 +515,7 @@ def get_batch(file, starts, model_config, device):
 
 def load_checkpoint(path, dropout=0.0):
     """(GPT, checkpoint dict) from a file by nanoGPT or this script. Runs no code from it."""
-    with user_error(f"{path}: checkpoint missing or damaged"):
+    with user_error(f"{path}: checkpoint missing or damaged; --out_dir names its folder"):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # its message is 10 lines of advice
@@ -1014,6 +1014,7 @@ def export(config, given):
             if folder.exists():
                 folder.rmdir()  # Windows cannot replace even an empty one
             os.replace(new, folder)
+    report(f"exported to {folder}")
 
 
 def main():

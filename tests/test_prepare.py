@@ -116,7 +116,7 @@ def test_full_word_cache_is_cleared(monkeypatch):
         rows = ADVERSARIAL[first:first + 500]
         tokens = module.Words().encode(pa.array(rows, pa.large_string()))
         assert tokens.to_pylist() == [row_bytes(row) for row in rows]
-    assert len(module.Words().ids) < len(set(" ".join(ADVERSARIAL).split(" "))) / 2
+    assert len(module.Words().id_of) < len(set(" ".join(ADVERSARIAL).split(" "))) / 2
 
 
 @settings(max_examples=200, deadline=None)

@@ -57,7 +57,7 @@ TOKEN = np.dtype("<u2")
 END_OF_TEXT = 50256
 DOCUMENT_BYTES = 10**9  # the longest row or document; its tokens must have less than 2 GB
 BATCH_BYTES = 8 << 20  # text per call of tokenize(), about
-COMMON_WORDS = 50_000  # words that encode() finds without a Python dict
+COMMON_WORDS = 50_000  # words to which encode() gives numbers without a Python dict
 CACHE_BYTES = 16 << 20  # cached tokens per worker process: about 1.3 million words
 SHARD_BYTES = 16 << 20  # tokens per write
 OVERLAP_ROWS = 100_000  # validation rows that are looked up in the training split, at most
@@ -82,7 +82,8 @@ def parse_flags():
     add("--source", type=os.path.expanduser, default=BOOKCORPUS,
         help="dataset on the Hub, or a local file, folder or glob")
     add("--out_dir", type=folder, default=HERE, help="folder for train.bin and val.bin")
-    add("--test_size", type=float, default=0.0005, help="fraction of the rows for val.bin")
+    add("--test_size", type=float, default=0.0005,
+        help="fraction of the rows or documents for val.bin")
     add("--seed", type=int, default=2357, help="seed of the shuffle")
     add("--shuffle", choices=("True", "False"), default="True",
         help="False: keep order; last rows in val.bin")
@@ -136,7 +137,7 @@ def errors_in(place):
 def prepare(flags, files, work):
     """Load, split, tokenize and write to the folder `work`. Returns the statistics, a dict."""
     columns = ["text", flags.document_column] if flags.document_column else ["text"]
-    with errors_in(f"--out_dir={flags.out_dir}: loading"):
+    with errors_in(f"--out_dir={flags.out_dir}: loading"):  # errors of the source name it already
         if files:
             rows = load_files(files, columns, work)
         else:
@@ -151,7 +152,8 @@ def prepare(flags, files, work):
     with errors_in(f"--source={flags.source}"):
         starts = document_starts(rows.data, flags.rows_per_document)
         if len(starts) < 2:
-            raise ValueError(f"{unit}s found: {len(starts)}; each split needs at least one")
+            raise ValueError(f"{unit}s found: {len(starts)}; each split needs at least one; use"
+                             " more text or a smaller --rows_per_document")
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             splitting = thread.submit(split, len(starts), flags)  # 4 s at full size
             sizes = document_sizes(rows, starts, unit)
@@ -194,7 +196,7 @@ def load_from_hub(name, columns, work):
         path = os.environ.get(variable)
         if path and not os.path.exists(path):  # the error of a library would not name it
             raise LocatedError(f"{variable}={path}: no such file")
-    with errors_in(f"{name}, loaded to {HF_HUB_CACHE} and {work} (local copy: --source=PATH)"):
+    with errors_in(f"loading {name} to {HF_HUB_CACHE} and {work} (local copy: --source=PATH)"):
         for attempt in range(6):
             try:
                 # 100,000 rows per record batch: 17 s at full size, 27 s with the default of 1,000
@@ -225,6 +227,30 @@ def write_rows(batches, columns, path):
     return datasets.Dataset.from_file(str(path)).with_format("arrow")
 
 
+def check_columns(names, columns):
+    """Raise ValueError unless each of `columns` is in the list `names` exactly once."""
+    for name in columns:
+        if names.count(name) != 1:
+            raise ValueError(f"expected a column {name!r}, got {names}")
+
+
+def get_strings(rows, name, first_row=0):
+    """A column of a pa.RecordBatch or pa.Table as large strings. Columns other than `text` can also
+    be integers. Raises ValueError for other types and for nulls. `first_row` is the number of the
+    first row, for the message."""
+    column = rows[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    is_string = str(column.type) in ("string", "large_string", "string_view")
+    if not is_string and (name == "text" or not pa.types.is_integer(column.type)):
+        expected = "strings" if name == "text" else "strings or integers"
+        raise ValueError(f"expected a column {name!r} of {expected}, got {column.type}")
+    if column.null_count:
+        row = first_row + pc.index(column.is_null(), True).as_py()
+        raise ValueError(f"the {name} of row {row:,} (counted from 0) is missing or null")
+    return column.cast(pa.large_string())
+
+
 def drop_repeated(rows, columns, n, work):
     """A Dataset of the rows that are not in a run of at least `n` rows of the Dataset `rows` that
     occurred before, at an earlier row. The two can overlap: with n = 16, one of 17 equal rows is
@@ -238,17 +264,17 @@ def drop_repeated(rows, columns, n, work):
         hashes = map(hash, get_strings(batch, "text", first).to_pylist())
         sums[first + 1:first + 1 + len(batch)] = np.fromiter(hashes, np.int64, len(batch))
     # the hash of a run is that of Rabin and Karp (1987): the sum of hash(row) * base**position,
-    # modulo 2**64, as a difference of two sums from row 0 on
+    # modulo 2**64, as a difference of two sums from row 0 on; powers[i] is base**(i + 1)
     powers = np.full(len(sums), 0x9E3779B97F4A7C15, np.uint64)
     np.cumprod(powers, out=powers)
     sums *= powers
     np.cumsum(sums, out=sums)
     runs = sums[n:] - sums[:-n]
-    runs *= powers[::-1][:len(runs)]  # so that the position of the run does not matter
+    runs *= powers[::-1][:len(runs)]  # now all runs have the same power of the base as a factor
     del sums, powers
 
     depth = np.zeros(len(rows) + 1, np.int32)  # +1 where a repeated run starts, -1 after its end
-    for part in range(16):  # of the numbers: sorting a part at a time saves 1 GB at full size
+    for part in range(16):  # the first 4 bits of a hash: sorting by parts saves 1 GB at full size
         starts = np.flatnonzero(runs >> np.uint64(60) == part)
         starts = starts[np.argsort(runs[starts], kind="stable")]
         repeated = starts[1:][runs[starts[1:]] == runs[starts[:-1]]]  # all but the first
@@ -293,8 +319,8 @@ def document_sizes(rows, starts, unit):
 
 
 class RowNumbers(datasets.Dataset):
-    """A Dataset whose train_test_split returns row numbers, int64, instead of rows: 4 s and
-    0.6 GB for 74 million rows. Dataset.select would make a list of them: 17 s and 4.2 GB."""
+    """A Dataset whose train_test_split, which calls select(), returns row numbers, int64, instead
+    of rows: 4 s and 0.6 GB for 74 million rows. Dataset.select would make a list: 17 s, 4.2 GB."""
 
     def select(self, indices, new_fingerprint=None, **options):
         return datasets.Dataset(pa.table({"row": indices}), fingerprint=new_fingerprint)
@@ -317,16 +343,16 @@ def row_ranges(rows, starts, sizes, num_proc):
     rows, does not limit the bytes. Each worker process gets about four ranges or more."""
     sizes = sizes + 1  # an empty document also takes memory
     limit = min(BATCH_BYTES, 1 + int(sizes.sum(dtype=np.int64)) // (4 * num_proc))
-    documents, _ = cut(sizes, limit)
-    bounds = [starts[i] for i in documents[:-1]]
+    document_bounds, _ = cut(sizes, limit)
+    bounds = [starts[i] for i in document_bounds[:-1]]
     ranges = datasets.Dataset.from_dict({"start": bounds, "end": [*bounds[1:], len(rows)]})
     return ranges.with_format("arrow")
 
 
 def cut(sizes, limit):
-    """Cut elements with these `sizes` into parts whose sum is about `limit`: without its first
-    element, at most `limit`. Returns the bounds of the parts, from 0 to the number of elements, and
-    the sum of the elements before each bound."""
+    """Cut elements with these `sizes` into parts of about `limit`; only the first element of a part
+    can make it larger. Returns the bounds of the parts, from 0 to the number of elements, and the
+    sum of the elements before each bound."""
     total = int(sizes.sum(dtype=np.int64))
     ends = sizes.astype(np.min_scalar_type(total))  # 32 bits if possible, and no second array
     np.cumsum(ends, out=ends)
@@ -384,7 +410,7 @@ class Words:
         self.clear()
 
     def clear(self):
-        self.ids = {b"": 0}  # word -> its row in self.tokens; 0, the empty word, is END_OF_TEXT
+        self.id_of = {b"": 0}  # word: its row in self.tokens; the empty word stands for END_OF_TEXT
         self.tokens = pa.array([np.array(END_OF_TEXT, TOKEN).tobytes()], pa.binary())
         self.common = pa.array([b""], pa.binary())  # the first words, mostly common ones
 
@@ -401,25 +427,26 @@ class Words:
         is_start[bounds[1:] - 1] = False  # after a space that ends a row, another row begins
         is_start[bounds[:-1]] = True
         is_start[-1] = False  # set by an empty last row
-        # two cuts at the end of each row: the empty word between them becomes END_OF_TEXT
+        # two cuts at the end of each row, with the empty word between them: of the rows "a b" and
+        # "cd", the cuts are 0, 1, 3, 3, 5, 5
         cuts = np.concatenate([np.flatnonzero(is_start), bounds[1:], bounds[-1:]])
         words = binary_array(np.sort(cuts, kind="stable"), data)  # stable: fast if partly sorted
         # dictionary_encode numbers words in the order in which they occur: these keep their ids
         n_common = len(self.common)
         encoded = pa.concat_arrays([self.common, words]).dictionary_encode()
         others = encoded.dictionary[n_common:].to_pylist()
-        ids = np.append(np.arange(n_common), self.look_up(others))
-        ids = ids[encoded.indices[n_common:].to_numpy()]
+        ids = np.append(np.arange(n_common), self.look_up(others))  # of the distinct words
+        ids = ids[encoded.indices[n_common:].to_numpy()]  # of all words
         if n_common < COMMON_WORDS:
-            self.common = pa.array(itertools.islice(self.ids, COMMON_WORDS), pa.binary())
+            self.common = pa.array(itertools.islice(self.id_of, COMMON_WORDS), pa.binary())
         tokens = self.tokens.take(pa.array(ids))
         row_ends = offsets(tokens)[1:][ids == 0]
         return binary_array(np.append(0, row_ends), tokens.buffers()[2])
 
     def look_up(self, words):
         """The ids of the distinct `words`, a list of bytes; encodes new ones."""
-        n_known = len(self.ids)
-        ids = np.array([self.ids.setdefault(word, len(self.ids)) for word in words], int)
+        n_known = len(self.id_of)
+        ids = np.array([self.id_of.setdefault(word, len(self.id_of)) for word in words], int)
         new = [np.array(gpt2().encode_ordinary(words[i].decode()), TOKEN).tobytes()
                for i in np.flatnonzero(ids >= n_known)]
         self.tokens = pa.concat_arrays([self.tokens, pa.array(new, pa.binary())])
@@ -437,7 +464,7 @@ def tokenize(batch, rows, rows_per_document):
         bounds = pa.array([*starts, len(text)], pa.int32())
         text = pc.binary_join(pa.ListArray.from_arrays(bounds, text),
                               pa.scalar(" ", pa.large_string()))
-    return pa.table({"tokens": Words().encode(text)})
+    return pa.table({"tokens": Words().encode(text)})  # Words() is one object per process
 
 
 def write_splits(work, chunks, train, val, num_proc, unit):
@@ -628,9 +655,9 @@ def find_files(source):
 
 
 def walk(path, visited):
-    """Yield the files in a folder and its subfolders, without NOT_DATA and hidden names. Links are
-    followed; a folder that several links lead to is visited once. Raises ValueError or OSError for
-    a broken link and for what is neither a file nor a folder."""
+    """Yield the files in a folder and its subfolders, without NOT_DATA and names that begin with
+    "." or "_". Links are followed; a folder that several links lead to is visited once. Raises
+    ValueError or OSError for a broken link and for what is neither a file nor a folder."""
     if os.path.isdir(path):
         real = os.path.realpath(path)
         names = [] if real in visited else sorted(os.listdir(path))
@@ -651,30 +678,6 @@ def endings(path):
     """The format and the compression in a file name: (".txt", ".gz") for "Book I.TXT.gz"."""
     stem, ending = os.path.splitext(os.path.basename(path).lower())
     return (os.path.splitext(stem)[1], ending) if ending in COMPRESSIONS else (ending, "")
-
-
-def check_columns(names, columns):
-    """Raise ValueError unless each of `columns` is in the list `names` exactly once."""
-    for name in columns:
-        if names.count(name) != 1:
-            raise ValueError(f"expected a column {name!r}, got {names}")
-
-
-def get_strings(rows, name, first_row=0):
-    """A column of a pa.RecordBatch or pa.Table as large strings. Columns other than `text` can also
-    be integers. Raises ValueError for other types and for nulls. `first_row` is the number of the
-    first row, for the message."""
-    column = rows[name]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    is_string = str(column.type) in ("string", "large_string", "string_view")
-    if not is_string and (name == "text" or not pa.types.is_integer(column.type)):
-        expected = "strings" if name == "text" else "strings or integers"
-        raise ValueError(f"expected a column {name!r} of {expected}, got {column.type}")
-    if column.null_count:
-        row = first_row + pc.index(column.is_null(), True).as_py()
-        raise ValueError(f"the {name} of row {row:,} (counted from 0) is missing or null")
-    return column.cast(pa.large_string())
 
 
 def read_file(path, columns, bar):
@@ -896,7 +899,7 @@ def child_processes(folder):
 
 def run(flags):
     """Prepare the data in a temporary folder in out_dir and move it to its place. Returns the
-    content of stats.json, a dict. Raises LocatedError, OSError or filelock.Timeout."""
+    content of stats.json, a dict. Raises LocatedError, ValueError, OSError or filelock.Timeout."""
     started = time.perf_counter()
     with errors_in(f"--source={flags.source}"):
         files = find_files(flags.source)
