@@ -1007,8 +1007,9 @@ def export(config, given):
         shutil.copymode(new / "config.json", new / "model.safetensors")  # others can read it
         with gpt2_files():
             get_encoding("gpt2")  # checks the files
-            contents = [read_file_cached(GPT2_URL + name) for name in GPT2_FILES]
-        for their_name, content in zip(GPT2_FILES.values(), contents):
+            contents = {their_name: read_file_cached(GPT2_URL + name)
+                        for name, their_name in GPT2_FILES.items()}
+        for their_name, content in contents.items():
             (new / their_name).write_bytes(content)
         with user_error(f"--export={config.export}: not a new or empty folder"):
             if folder.exists():

@@ -254,8 +254,8 @@ def get_strings(rows, name, first_row=0):
 def drop_repeated(rows, columns, n, work):
     """A Dataset of the rows that are not in a run of at least `n` rows of the Dataset `rows` that
     occurred before, at an earlier row. The two can overlap: with n = 16, one of 17 equal rows is
-    kept. Runs with the same hash are taken for equal: among 74 million runs of ordinary
-    text, two different ones have the same hash with a probability of 1 in 7,000."""
+    kept. Runs with the same hash are taken for equal: among 74 million runs of ordinary text, two
+    different ones have the same hash with a probability of 1 in 7,000."""
     batches = rows.data.to_batches(100_000)
     first_rows = np.cumsum([0, *map(len, batches)])
     sums = np.zeros(len(rows) + 1, np.uint64)
