@@ -684,7 +684,7 @@ def all_reduce(values, device):
 
 
 @torch.no_grad()
-def estimate_loss(model, files, config, ctx, device):
+def estimate_loss(model, compute_loss, files, config, device):
     """{split: mean loss}, on the same batches each time. Raises Stop after a signal."""
     val_batches = eval_starts(files["val"], config, config.eval_iters)
     train_batches = eval_starts(files["train"], config, len(val_batches))
@@ -696,9 +696,7 @@ def estimate_loss(model, files, config, ctx, device):
             if SIGNALS:
                 break
             x, y = get_batch(files[split], starts, model.config, device)
-            with ctx:
-                _, loss = model(x, y)
-            batch_losses.append((loss, y.numel()))
+            batch_losses.append((compute_loss(x, y), y.numel()))
         loss_sum = sum(loss.item() * size for loss, size in batch_losses)  # waits for the GPU
         n_tokens = sum(size for _, size in batch_losses)
         loss_sum, n_tokens, signals = all_reduce([loss_sum, n_tokens, len(SIGNALS)], device)
@@ -807,10 +805,14 @@ def train(config, given):
     report(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device},"
            f" {config.dtype}, {tokens_per_iter:,} tokens per iteration")
     log_file = open_log(config, iter_num)
-    compiled_model = model
+
+    def compute_loss(x, y):
+        with ctx:  # compiled, too: before 2.13, PyTorch's cache confuses graphs of two dtypes
+            return model(x, y)[1]
+
     if config.compile:
         report("compiling the model, which takes about a minute")
-        compiled_model = torch.compile(model, dynamic=False)  # a smaller batch: its own graph
+        compute_loss = torch.compile(compute_loss, dynamic=False)  # a smaller batch: its own graph
     for number in STOP_SIGNALS:
         if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, handle_signal)
@@ -831,7 +833,7 @@ def train(config, given):
             # and then a last evaluation
             finished = config.eval_only or iter_num > config.max_iters
             if finished or iter_num % config.eval_interval == 0:
-                losses = estimate_loss(compiled_model, files, config, ctx, device)
+                losses = estimate_loss(model, compute_loss, files, config, device)
                 check_loss(losses["val"], iter_num, scaler)
                 improved = losses["val"] < best_val_loss
                 if improved:
@@ -860,8 +862,7 @@ def train(config, given):
                 x, y = get_batch(files["train"], starts, model.config, device)
                 if config.dropout:
                     torch.manual_seed(hash(seed))  # unlike that of strings, always the same
-                with ctx:
-                    _, loss = compiled_model(x, y)
+                loss = compute_loss(x, y)
                 scaler.scale(loss / config.gradient_accumulation_steps).backward()
                 loss_sum += loss.detach()
             if WORLD_SIZE > 1:  # add up the gradients of all processes

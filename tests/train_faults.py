@@ -199,12 +199,14 @@ def compile_with(backend):
 
 def count_graphs(path):
     """Do not compile, but write a line to `path` for each graph: the shape of its input, whether it
-    is for training, and whether all shapes are static."""
+    is for training, whether all shapes are static, and autocast's types."""
     def backend(graph, inputs):
         x = next(tensor for tensor in inputs if tensor.dtype == torch.int64)
         static = all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
+        dtypes = [node.args[1] for node in graph.graph.nodes
+                  if node.target == torch.amp.autocast_mode._enter_autocast]
         with open(path, "a") as file:
-            print(tuple(x.shape), torch.is_grad_enabled(), static, file=file)
+            print(tuple(x.shape), torch.is_grad_enabled(), static, dtypes, file=file)
         return graph.forward
 
     compile_with(backend)

@@ -78,10 +78,12 @@ def counting_backend(graph, inputs):
 
 def counting_compile(model, **options):
     compiled = compile_model(model, backend=counting_backend, **options)
-    forward = compiled.forward
+    forward = getattr(compiled, "forward", compiled)
     def call(*args):
         calls["forward passes"] += torch.is_grad_enabled()
         return forward(*args)
+    if forward is compiled:  # train.py compiles a function, nanoGPT a module
+        return call
     compiled.forward = call
     return compiled
 
