@@ -194,7 +194,7 @@ def explain(error):
     if isinstance(error, (UserError, OSError, UnicodeError, ImportError)):
         return line
     if isinstance(error, dist.DistError) or "gloo" in line:  # gloo raises RuntimeError
-        return f"another process of the job has ended ({line})"
+        return f"the processes of the job cannot communicate; has one of them ended? ({line})"
     if re.search("dynamo|inductor|torch.compile", f"{type(error)} {line}", re.IGNORECASE):
         return f"the model cannot be compiled here; use --compile=False ({line})"
     return None

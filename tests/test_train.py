@@ -828,7 +828,7 @@ def test_killed_process_of_a_job(train, start_job, tmp_path):
     os.kill(int(victim.name), signal.SIGKILL)
     ended = finish(job)
     assert ended.returncode == 1, ended.stderr
-    assert "train.py: another process of the job has ended" in ended.stderr
+    assert "train.py: the processes of the job cannot communicate" in ended.stderr
     assert f"{TRAIN}\", line" not in ended.stderr and not any(path.exists() for path in workers)
 
 
