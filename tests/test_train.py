@@ -340,33 +340,27 @@ def test_vocabulary_of_tiktoken(train, tmp_path):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("eval_iters", [0, 3])
-def test_one_static_graph_per_shape(train, tmp_path, eval_iters):
-    """Each training step is one graph, also after evaluations with a smaller last batch."""
-    flags = f"--eval_iters={eval_iters}", "--max_iters=6", "--eval_interval=3", "--n_layer=1"
+@pytest.mark.parametrize("eval_iters, dtype", [(0, "float32"), (3, "bfloat16")])
+def test_one_static_graph_per_shape(train, tmp_path, eval_iters, dtype):
+    """Each training step is one graph, also after evaluations with a smaller last batch. It contains
+    autocast: before 2.13, PyTorch's cache could replace a graph by one of another data type
+    (https://github.com/pytorch/pytorch/pull/181564)."""
+    flags = (f"--eval_iters={eval_iters}", f"--dtype={dtype}", "--max_iters=6", "--eval_interval=3",
+             "--n_layer=1", "--batch_size=4")
     count_graphs = partial(faults.count_graphs, tmp_path / "graphs")
     ended = train(*flags, "--compile=True", before=count_graphs)
     assert ended.returncode == 0 and "compiling the model" in ended.stdout, ended.stderr
     graphs = (tmp_path / "graphs").read_text().splitlines()
-    expected = {"(4, 16) True True []", "(4, 16) False True []"}
+    autocast = [] if dtype == "float32" else [torch.bfloat16]
+    expected = {f"(4, 16) True True {autocast}", f"(4, 16) False True {autocast}"}
     if eval_iters == 0:
-        expected.add("(2, 16) False True []")
+        expected.add(f"(2, 16) False True {autocast}")
     assert sorted(graphs) == sorted(expected), "each graph is compiled once"
     assert losses(ended.stdout) == pytest.approx(losses(train(*flags).stdout), abs=2e-3)
     ended = train("--sample=True", "--n_layer=1", "--num_samples=2", "--max_new_tokens=5",
                   "--compile=True", before=count_graphs)
     assert ended.stdout.count("---------------") == 2, ended.stderr
     assert len((tmp_path / "graphs").read_text().splitlines()) == len(expected)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_graph_contains_autocast(train, tmp_path, dtype):
-    """Before 2.13, PyTorch trained in bfloat16 with a graph for float16 from its cache if autocast
-    was not in the graph: https://github.com/pytorch/pytorch/pull/181564."""
-    train(f"--dtype={dtype}", "--max_iters=0", "--compile=True",
-          before=partial(faults.count_graphs, tmp_path / "graphs"))
-    for line in (tmp_path / "graphs").read_text().splitlines():
-        assert line.endswith(f" [torch.{dtype}]")
 
 
 def test_model_that_cannot_be_compiled(refused, train):
@@ -581,7 +575,7 @@ def test_loss_and_norm_of_the_gradient(train, dataset, tmp_path):
     ids = torch.from_numpy(np.fromfile(dataset / "train.bin", "<u2").astype(np.int64))
     loss = 0
     for micro_step in range(2):
-        starts = np.random.default_rng([1337, 5, micro_step]).integers(len(ids) - 16, size=4)
+        starts = np.random.default_rng([1337, 5, micro_step]).integers(len(ids) - 16, size=1)
         rows = torch.stack([ids[start:start + 17] for start in starts])
         logits = reference_logits(state, rows[:, :-1], 2)
         loss = loss + F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) / 2
@@ -1126,7 +1120,7 @@ def test_bad_checkpoints(refused, train, dataset, tmp_path):
 
 def test_loss_that_is_not_finite(train, tmp_path):
     """It is an error, and the checkpoint is kept. A large but finite loss is no error."""
-    ended = train("--max_iters=1", "--eval_interval=1", "--learning_rate=10", "--decay_lr=False")
+    ended = train("--max_iters=1", "--eval_interval=1", "--learning_rate=30", "--decay_lr=False")
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
     assert max(steps(ended.stdout).values()) > 709
     saved = (tmp_path / "out" / "ckpt.pt").read_bytes()

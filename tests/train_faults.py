@@ -165,6 +165,7 @@ def no_network(folder):
     def read_file(url):
         raise OSError("no network")
 
+    tiktoken.registry.ENCODINGS.clear()  # preload.py has loaded GPT-2's
     tempfile.tempdir = folder
     tiktoken.load.read_file = read_file
 

@@ -23,7 +23,6 @@ import argparse
 import concurrent.futures
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,8 +31,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from order import (DEVICE, PREPARE, SHAPE, gpt2, initial_checkpoint, shuffle, spread, text_bytes,
-                   token_losses, tokenize, tokenizer, train_model, windows)
+from order import (DEVICE, PREPARE, SHAPE, gpt2, initial_checkpoint, run_script, shuffle, spread,
+                   text_bytes, token_losses, tokenize, tokenizer, train_model, windows)
 from tqdm import tqdm
 
 COPIES = {1: 54, 2: 26, 3: 8, 4: 1, 5: 1}  # {number of copies: number of books}
@@ -64,10 +63,9 @@ def prepare(folder, corpus, drop_repeated, seed):
     folder.mkdir()
     source = folder / "corpus.parquet"
     pq.write_table(pa.table({"text": corpus}), source)
-    ended = subprocess.run(
-        [sys.executable, PREPARE, f"--source={source}", f"--out_dir={folder}", "--test_size=0.05",
-         f"--seed={seed}", f"--drop_repeated={drop_repeated}", "--num_proc=1"],
-        capture_output=True, text=True)
+    ended = run_script(
+        PREPARE, f"--source={source}", f"--out_dir={folder}", "--test_size=0.05", f"--seed={seed}",
+        f"--drop_repeated={drop_repeated}", "--num_proc=1", timeout=None)
     if ended.returncode:
         sys.exit(ended.stderr)
     return read_rows(folder / "train.bin"), read_rows(folder / "val.bin")

@@ -1,0 +1,31 @@
+"""What each run of a script would import and compute again. The fork server imports this file once,
+then runs are forked from it: training two layers takes 0.3 s instead of 4 s, preparing the sample
+0.4 s instead of 2 s."""
+import contextlib
+import gc
+import importlib
+import io
+import os
+import tempfile
+
+# for prepare.py and train.py; a test environment for prepare.py alone has no PyTorch
+for name in ("common", "datasets", "torch._dynamo", "torch.distributed.nn", "train_faults",
+             "torch.nn.modules.linear_cross_entropy", "matplotlib.backends.backend_agg"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+
+# tiktoken keeps the encoding; tests of how it is loaded forget it
+import common  # noqa: E402
+import tiktoken  # noqa: E402
+with tempfile.TemporaryDirectory() as folder:
+    common.copy_vocabulary(folder)
+    os.environ["TIKTOKEN_CACHE_DIR"] = folder
+    tiktoken.get_encoding("gpt2")
+    del os.environ["TIKTOKEN_CACHE_DIR"]
+
+with contextlib.suppress(ImportError):
+    from matplotlib.figure import Figure
+    Figure().subplots().figure.savefig(io.BytesIO())  # loads the fonts
+
+gc.collect()
+gc.freeze()  # a garbage collection in a run does not go through all this
