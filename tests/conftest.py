@@ -8,6 +8,7 @@ import pytest  # noqa: E402
 from common import (  # noqa: E402
     PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script, start_fork_server,
     start_script)
+from hub import HUB  # noqa: E402
 
 
 # as in a terminal: nohup and the background of a shell ignore these, and so would all processes
@@ -22,9 +23,9 @@ def environment(tmp_path_factory):
     for name in list(os.environ):
         if name.startswith(("HF_", "TIKTOKEN_")):
             del os.environ[name]
-    folder = str(tmp_path_factory.mktemp("hf_home"))
-    os.environ |= {"HF_HOME": folder, "MPLCONFIGDIR": folder, "HF_HUB_OFFLINE": "1",
-                   "PYTHONDONTWRITEBYTECODE": "1"}
+    folder = tmp_path_factory.mktemp("caches")
+    os.environ |= {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": HUB.url, "HF_HUB_OFFLINE": "1",
+                   "MPLCONFIGDIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     start_fork_server()
 
 

@@ -3,32 +3,38 @@ import contextlib
 import hashlib
 import http.server
 import json
+import os
+import shutil
 import threading
 import urllib.parse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves the dataset `name` with `files`, a dict from path to bytes.
+# for `before`: use the Hub, which conftest.py turns off with HF_HUB_OFFLINE
+ONLINE = """
+import datasets.config, huggingface_hub.constants
+datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = False
+"""
 
-    `fault(method, path, handler)` is called before each answer; if it returns True, it has
-    answered the request. `requests` lists (method, path, value of the Range header).
+
+class Hub(http.server.ThreadingHTTPServer):
+    """The server, one for all tests of a process, as the libraries read its address on import.
+
+    It has the dataset `name` with `files`, a dict from path to bytes. `fault(method, path,
+    handler)` is called before each answer; if it returns True, it has answered the request.
+    `requests` lists (method, path, value of the Range header).
     """
 
     daemon_threads = True
 
-    def __init__(self, name, files, fault=lambda method, path, handler: False):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.name, self.files, self.fault, self.requests = name, files, fault, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
-
-    def environment(self, folder):
-        """Environment variables for a run that uses this Hub, with its cache in `folder`."""
-        return {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
 
     def entries(self, folder="", recursive=True):
         """The tree entries of the files in `folder`, and of its folders if not recursive."""
@@ -103,14 +109,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+HUB = Hub()
+
+
 @contextlib.contextmanager
-def serve(files, name="SamuelYang/bookcorpus", **options):
-    """Run a Hub in a thread during a `with` block."""
-    with Hub(name, files, **options) as hub:
-        thread = threading.Thread(target=hub.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()
+def serve(files, name="SamuelYang/bookcorpus", fault=lambda method, path, handler: False):
+    """Serve `files` in a `with` block, at first with an empty cache. Returns the Hub."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    HUB.name, HUB.files, HUB.fault, HUB.requests = name, files, fault, []
+    yield HUB
+    HUB.files = {}

@@ -5,7 +5,7 @@ import shlex
 import pytest
 from common import (ONE_NODE, PREPARE, ROOT, SENTENCES, TINY, TRAIN, TWO_NODES, run_script,
                     write_parquet)
-from hub import serve
+from hub import ONLINE, serve
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.splitlines() for block in re.findall(r"(?ms)^```sh\n(.*?)^```", README)]
@@ -39,9 +39,9 @@ def test_prepare_commands(monkeypatch, tmp_path):
     summary = re.search(r"(?s)```text\n(.*?)```", README)[1]
     assert ended.stdout.startswith(summary), "the README shows another summary"
     body = write_parquet(tmp_path / "rows.parquet", SENTENCES).read_bytes()
-    with serve({"data/train-00000-of-00001.parquet": body}) as hub:
+    with serve({"data/train-00000-of-00001.parquet": body}):
         ended = run_script(PREPARE, *real, f"--out_dir={tmp_path / 'real'}",
-                           **hub.environment(tmp_path))
+                           before=ONLINE)
     assert ended.returncode == 0 and (tmp_path / "real" / "train.bin").exists(), ended.stderr
 
 

@@ -25,7 +25,7 @@ import pytest
 import tiktoken
 from common import (PREPARE, SAMPLE, SENTENCES, adversarial_rows, bins, gpt2, oracle, row_bytes,
                     rows_to_keep, write_jsonl, write_parquet)
-from hub import serve
+from hub import ONLINE, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -311,11 +311,10 @@ def test_kinds_of_strings(prepare, tmp_path, kind):
     column = (column.dictionary_encode() if pa.types.is_dictionary(kind) else column).cast(kind)
     arrow = write_arrow(tmp_path / "rows.arrow", pa.table({"text": column}))
     parquet = write_parquet(tmp_path / "rows.parquet", column)
-    with serve({"rows.parquet": parquet.read_bytes()}, "some/rows") as hub:
+    with serve({"rows.parquet": parquet.read_bytes()}, "some/rows"):
         for source in arrow, parquet, "some/rows":
-            options = hub.environment(tmp_path) if source == "some/rows" else {}
             ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--overwrite=True",
-                            "--test_size=0.3", **options)
+                            "--test_size=0.3", before=ONLINE)
             assert ended.returncode == 0, ended.stderr
             assert bins(tmp_path) == oracle(rows, test_size=0.3)
 
@@ -530,12 +529,11 @@ def test_hub(prepare, tmp_path):
             "splits": {"train": {"name": "train", "num_examples": 74004228}}}
     files = {path.name: path.read_bytes(), "LICENSE": b"", ".gitattributes": b"",
              "dataset_info.json": json.dumps(info).encode()}
-    with serve(files) as hub:
-        environment = hub.environment(tmp_path)
-        ended = prepare(f"--out_dir={tmp_path}", **environment)
+    with serve(files):
+        ended = prepare(f"--out_dir={tmp_path}", before=ONLINE)
         assert ended.returncode == 0, ended.stderr
         assert bins(tmp_path) == oracle(SENTENCES)
-        ended = prepare("--source=no/such", f"--out_dir={tmp_path / 'b'}", **environment)
+        ended = prepare("--source=no/such", f"--out_dir={tmp_path / 'b'}", before=ONLINE)
         assert ended.returncode == 1 and "'no/such' doesn't exist on the Hub" in ended.stderr
         assert "--source=PATH" in ended.stderr
 
@@ -546,9 +544,9 @@ def test_csv_on_the_hub(prepare, tmp_path):
     for i, rows in enumerate((SENTENCES[:300], SENTENCES[300:])):
         path = csv_file(tmp_path / f"part_{i}", rows)
         files[path.name] = path.read_bytes()
-    with serve(files, "kd13/bookcorpus-clean") as hub:
+    with serve(files, "kd13/bookcorpus-clean"):
         ended = prepare("--source=kd13/bookcorpus-clean", f"--out_dir={tmp_path}",
-                        **hub.environment(tmp_path))
+                        before=ONLINE)
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path) == oracle(SENTENCES)
 
@@ -672,12 +670,12 @@ def test_document_column(prepare, tmp_path, ending):
 def test_documents_on_the_hub(prepare, tmp_path):
     source, documents = books("csv", tmp_path / "books")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
-    with serve(files, "kd13/bookcorpus-clean") as hub:
+    with serve(files, "kd13/bookcorpus-clean"):
         for flag, expected in (
                 ("--document_column=book", documents),
                 ("--rows_per_document=9", join(SENTENCES, [i // 9 for i in range(444)]))):
             ended = prepare("--source=kd13/bookcorpus-clean", f"--out_dir={tmp_path}", flag,
-                            "--overwrite=True", "--test_size=0.2", **hub.environment(tmp_path))
+                            "--overwrite=True", "--test_size=0.2", before=ONLINE)
             assert ended.returncode == 0, ended.stderr
             assert bins(tmp_path) == oracle(expected, test_size=0.2)
 
@@ -781,9 +779,9 @@ def test_drop_repeated(prepare, tmp_path, n, flags, options):
 
 def test_drop_repeated_on_the_hub(prepare, tmp_path):
     files = {"rows.parquet": write_parquet(tmp_path / "rows", REPEATED).read_bytes()}
-    with serve(files, "some/books") as hub:
+    with serve(files, "some/books"):
         ended = prepare("--source=some/books", f"--out_dir={tmp_path}", "--drop_repeated=16",
-                        **hub.environment(tmp_path))
+                        before=ONLINE)
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path) == oracle([REPEATED[i] for i in rows_to_keep(REPEATED, 16)])
 
@@ -860,13 +858,12 @@ def test_statistics_in_the_readme(prepare, tmp_path):
     readme, script = folder / "readme.md", folder / "prepare.py"
     before = readme.read_text(encoding="utf-8")
     body = write_parquet(tmp_path / "rows", SENTENCES).read_bytes()
-    with serve({"data/train-00000-of-00001.parquet": body}) as hub:
-        environment = hub.environment(tmp_path)
+    with serve({"data/train-00000-of-00001.parquet": body}):
         for flags in [f"--source={SAMPLE}"], [f"--out_dir={tmp_path / 'other'}"]:
-            assert prepare(*flags, script=script, **environment).returncode == 0
+            assert prepare(*flags, script=script, before=ONLINE).returncode == 0
             assert readme.read_text(encoding="utf-8") == before
         flags = "--overwrite=True", f"--out_dir={folder / '..' / 'bookcorpus'}"
-        ended = prepare(*flags, script=script, **environment)
+        ended = prepare(*flags, script=script, before=ONLINE)
     assert ended.returncode == 0, ended.stderr
     block = ended.stdout[:ended.stdout.index("\nTrain on it")]
     assert "| rows " in block and "- seconds: " in block

@@ -14,10 +14,10 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from common import (PREPARE, ROOT, SAMPLE, SENTENCES, adversarial_rows, bins, child_processes, copy_vocabulary,
-                    finish, group_has_ended, limit_file_size, oracle, stage_of, wait_for,
-                    write_jsonl, write_parquet)
-from hub import serve
+from common import (PREPARE, ROOT, SAMPLE, SENTENCES, adversarial_rows, bins, child_processes,
+                    copy_vocabulary, finish, free_port, group_has_ended, limit_file_size, oracle,
+                    stage_of, wait_for, write_jsonl, write_parquet)
+from hub import ONLINE, serve
 
 sys.path.insert(0, str(PREPARE.parent))
 import prepare as module  # noqa: E402
@@ -49,9 +49,9 @@ def body(tmp_path_factory):
 
 @pytest.fixture
 def from_hub(prepare, tmp_path):
-    """from_hub(hub) runs prepare.py into tmp_path/out and returns its CompletedProcess."""
-    return lambda hub, **options: prepare(
-        f"--out_dir={tmp_path / 'out'}", **hub.environment(tmp_path), **options)
+    """from_hub() runs prepare.py into tmp_path/out and returns its CompletedProcess."""
+    return lambda before="", **environment: prepare(
+        f"--out_dir={tmp_path / 'out'}", before=ONLINE + before, **environment)
 
 
 def test_busy_hub_is_asked_again(from_hub, body, tmp_path):
@@ -62,8 +62,8 @@ def test_busy_hub_is_asked_again(from_hub, body, tmp_path):
             handler.send("busy", answers[method].pop())
             return True
 
-    with serve({FILE: body}, fault=fault) as hub:
-        ended = from_hub(hub, before=NO_SLEEP)
+    with serve({FILE: body}, fault=fault):
+        ended = from_hub(before=NO_SLEEP)
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path / "out") == oracle(SENTENCES) and not any(answers.values())
 
@@ -84,10 +84,10 @@ def test_interrupted_download_is_resumed(from_hub, body, tmp_path):
             return True
 
     with serve({FILE: body}, fault=fault) as hub:
-        ended = from_hub(hub)
+        ended = from_hub()
         if ended.returncode:
             assert "Traceback" not in ended.stderr
-            ended = from_hub(hub)
+            ended = from_hub()
         spans = [span for method, path, span in hub.requests
                  if method == "GET" and path.endswith(FILE)]
     assert ended.returncode == 0, ended.stderr
@@ -101,8 +101,8 @@ def test_download_of_the_wrong_size(from_hub, body, tmp_path):
             handler.send(body[:-1000])
             return True
 
-    with serve({FILE: body}, fault=fault) as hub:
-        ended = from_hub(hub)
+    with serve({FILE: body}, fault=fault):
+        ended = from_hub()
     assert "--source=PATH" in error_line(ended)
     assert not (tmp_path / "out" / "train.bin").exists()
 
@@ -115,15 +115,13 @@ def test_hub_that_refuses(from_hub, status, code, message):
         handler.send("{}", status, **({"X_Error_Code": code} if code else {}))
         return True
 
-    with serve({FILE: b"never sent"}, fault=fault) as hub:
-        line = error_line(from_hub(hub))
+    with serve({FILE: b"never sent"}, fault=fault):
+        line = error_line(from_hub())
     assert "--source=PATH" in line and message in line
 
 
 def test_unreachable_hub(from_hub):
-    with serve({}) as hub:
-        pass  # no server listens at hub.url from here on
-    ended = from_hub(hub, before=NO_SLEEP)
+    ended = from_hub(NO_SLEEP, HF_ENDPOINT=f"http://127.0.0.1:{free_port()}")
     assert "--source=PATH" in error_line(ended)
 
 
@@ -138,9 +136,9 @@ def test_download_starts_no_worker_processes(start, tmp_path):
             return True
 
     files = {f"data/train-0000{i}-of-00002.parquet": b"never sent, file %d" % i for i in range(2)}
-    with serve(files, fault=fault) as hub:
+    with serve(files, fault=fault):
         process = start(PREPARE, f"--out_dir={tmp_path / 'out'}", "--num_proc=2",
-                        **hub.environment(tmp_path))
+                        before=ONLINE)
         wait_for(lambda: requested, process)
         try:
             assert len(requested) == 1 and child_processes(process.pid) == []
@@ -167,8 +165,8 @@ def test_too_little_free_disk_space(prepare, refused, tmp_path):
 
 
 def test_full_disk_of_the_cache(from_hub, body):
-    with serve({FILE: body}) as hub:
-        ended = from_hub(hub, before=limit_file_size(1 << 20))
+    with serve({FILE: body}):
+        ended = from_hub(before=limit_file_size(1 << 20))
     assert "File too large" in error_line(ended)
 
 
@@ -342,9 +340,9 @@ def test_copied_alone_into_nanogpt(prepare, tmp_path, tiktoken_cache):
     script.parent.mkdir(parents=True)
     shutil.copy(PREPARE, script)
     body = write_parquet(tmp_path / "rows.parquet", SENTENCES).read_bytes()
-    with serve({FILE: body}) as hub:
-        ended = prepare(script=script, before=WITHOUT_VOCABULARY,
-                        TIKTOKEN_CACHE_DIR=str(tiktoken_cache), **hub.environment(tmp_path))
+    with serve({FILE: body}):
+        ended = prepare(script=script, before=WITHOUT_VOCABULARY, HF_HUB_OFFLINE="0",
+                        TIKTOKEN_CACHE_DIR=str(tiktoken_cache))
     assert ended.returncode == 0, ended.stderr
     assert bins(script.parent) == oracle(SENTENCES)
     assert {path.name for path in script.parent.iterdir()} == {
@@ -361,8 +359,8 @@ def test_no_vocabulary(prepare, tmp_path):
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
 def test_missing_certificates(from_hub, tmp_path, name):
-    with serve({}) as hub:
-        ended = from_hub(hub, **{name: str(tmp_path / "missing.pem")})
+    with serve({}):
+        ended = from_hub(**{name: str(tmp_path / "missing.pem")})
     assert f"{name}={tmp_path / 'missing.pem'}: no such file" in error_line(ended)
 
 
@@ -370,7 +368,7 @@ def test_other_origin_is_refused_before_the_download(from_hub, tmp_path, prepare
     out = tmp_path / "out"
     assert prepare(f"--source={SAMPLE}", f"--out_dir={out}").returncode == 0
     with serve({FILE: b"never sent"}) as hub:
-        assert "--overwrite=True" in error_line(from_hub(hub))
+        assert "--overwrite=True" in error_line(from_hub())
         assert hub.requests == []
     assert bins(out) == oracle(SENTENCES)
 
@@ -380,7 +378,7 @@ def test_stopped_while_it_loads_from_the_hub(start, body, tmp_path):
     out, temporary = tmp_path / "out", tmp_path / "tmp"
     temporary.mkdir()
     with serve({FILE: body}) as hub:
-        environment = hub.environment(tmp_path) | {"TMPDIR": str(temporary)}
+        environment = {"HF_HUB_OFFLINE": "0", "TMPDIR": str(temporary)}
         process = start(PREPARE, f"--out_dir={out}", **environment, before=(
             "import datasets.arrow_writer, time\n"
             "write = datasets.arrow_writer.ArrowWriter.write_table\n"
@@ -394,7 +392,7 @@ def test_stopped_while_it_loads_from_the_hub(start, body, tmp_path):
         ended = finish(process, 20)
         assert (ended.returncode, ended.stdout) == (130, ""), ended.stderr
         assert list(out.iterdir()) == [] and list(temporary.iterdir()) == []
-        assert not list((tmp_path / "hf").rglob("*.incomplete*"))
+        assert not list(pathlib.Path(os.environ["HF_HOME"]).rglob("*.incomplete*"))
         hub.requests.clear()
         ended = finish(start(PREPARE, f"--out_dir={out}", **environment))
         assert ended.returncode == 0, ended.stderr
