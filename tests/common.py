@@ -308,6 +308,11 @@ def limit_file_size(n_bytes):
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({n_bytes}, {n_bytes}))")
 
 
+def temporary_folder(path):
+    """Code for `before`: temporary files are in the folder `path`, as with TMPDIR."""
+    return f"import os, tempfile; os.environ['TMPDIR'] = tempfile.tempdir = {str(path)!r}\n"
+
+
 def stage_of(work):
     """The stage that a run of prepare.py with two processes has reached, by the files in `work`."""
     with contextlib.suppress(OSError):

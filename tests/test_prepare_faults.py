@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from common import (PREPARE, ROOT, SAMPLE, SENTENCES, adversarial_rows, bins, child_processes,
                     copy_vocabulary, finish, free_port, group_has_ended, limit_file_size, oracle,
-                    stage_of, wait_for, write_jsonl, write_parquet)
+                    stage_of, temporary_folder, wait_for, write_jsonl, write_parquet)
 from hub import ONLINE, serve
 
 sys.path.insert(0, str(PREPARE.parent))
@@ -301,7 +301,7 @@ def test_long_temporary_folder(prepare, tmp_path):
     folder.mkdir(parents=True)
     for method in "fork", "forkserver":
         ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--num_proc=2",
-                        TMPDIR=str(folder), before=(
+                        "--overwrite=True", before=temporary_folder(folder) + (
             f"import multiprocess; multiprocess.set_start_method({method!r})"))
         assert ended.returncode == 0, ended.stderr
         assert bins(tmp_path) == oracle(SENTENCES)
@@ -378,8 +378,8 @@ def test_stopped_while_it_loads_from_the_hub(start, body, tmp_path):
     out, temporary = tmp_path / "out", tmp_path / "tmp"
     temporary.mkdir()
     with serve({FILE: body}) as hub:
-        environment = {"HF_HUB_OFFLINE": "0", "TMPDIR": str(temporary)}
-        process = start(PREPARE, f"--out_dir={out}", **environment, before=(
+        before = ONLINE + temporary_folder(temporary)
+        process = start(PREPARE, f"--out_dir={out}", before=before + (
             "import datasets.arrow_writer, time\n"
             "write = datasets.arrow_writer.ArrowWriter.write_table\n"
             "def slow_write(*arguments, **options):\n"
@@ -394,7 +394,7 @@ def test_stopped_while_it_loads_from_the_hub(start, body, tmp_path):
         assert list(out.iterdir()) == [] and list(temporary.iterdir()) == []
         assert not list(pathlib.Path(os.environ["HF_HOME"]).rglob("*.incomplete*"))
         hub.requests.clear()
-        ended = finish(start(PREPARE, f"--out_dir={out}", **environment))
+        ended = finish(start(PREPARE, f"--out_dir={out}", before=before))
         assert ended.returncode == 0, ended.stderr
         assert not [path for method, path, _ in hub.requests if method == "GET" and FILE in path]
     assert bins(out) == oracle(SENTENCES) and list(temporary.iterdir()) == []

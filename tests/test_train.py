@@ -342,8 +342,8 @@ def test_vocabulary_of_tiktoken(train, tmp_path):
 
 @pytest.mark.parametrize("eval_iters, dtype", [(0, "float32"), (3, "bfloat16")])
 def test_one_static_graph_per_shape(train, tmp_path, eval_iters, dtype):
-    """Each training step is one graph, also after evaluations with a smaller last batch. It contains
-    autocast: before 2.13, PyTorch's cache could replace a graph by one of another data type
+    """Each training step is one graph, also after evaluations with a smaller last batch. Autocast
+    is part of it: before 2.13, PyTorch's cache could replace a graph by one of another data type
     (https://github.com/pytorch/pytorch/pull/181564)."""
     flags = (f"--eval_iters={eval_iters}", f"--dtype={dtype}", "--max_iters=6", "--eval_interval=3",
              "--n_layer=1", "--batch_size=4")
@@ -448,7 +448,8 @@ def test_picture_that_cannot_be_drawn(train, tmp_path, kind):
 
 
 def test_picture_in_a_notebook(train, tmp_path):
-    ended = train("--max_iters=1", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    """Its backend is not installed where train.py runs, and matplotlib fails on import."""
+    ended = train("--max_iters=1", before=faults.backend_of_a_notebook)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -151,6 +151,13 @@ def stand_in_for_wandb(path):
     sys.modules["wandb"] = wandb
 
 
+def backend_of_a_notebook():
+    """matplotlib is not imported yet, and would fail because of its backend."""
+    variables({"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        del sys.modules[name]
+
+
 def broken_latex():
     """matplotlib is set to use LaTeX, which is not installed."""
     import matplotlib
