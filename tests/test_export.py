@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import train_faults as faults
 from common import TRAIN, gpt2, run_script
 from test_train import MODEL_ARGS, reference_logits, with_large_weights
 from train import GPT, GPTConfig, UserError, load_checkpoint
@@ -42,7 +43,7 @@ def assert_same_logits(found, expected):
                                                        (False, "gelu", 0.0)])
 def test_export(tmp_path, bias, activation, dropout):
     model = save_checkpoint(tmp_path, activation=activation, bias=bias, dropout=dropout, n_embd=32)
-    ended = export(tmp_path, before="import os, shutil\nshutil.copymode = lambda *_: os._exit(9)")
+    ended = export(tmp_path, before=faults.killed_before_vocabulary)
     folder = tmp_path / "gpt"
     assert ended.returncode == 9 and not folder.exists(), "a killed export left a folder"
     left, = tmp_path.glob("gpt.new-*")
@@ -117,13 +118,7 @@ def test_folder_of_an_export(refused, tmp_path):
     folder, other = tmp_path / "gpt", tmp_path / "gpt.new"
     folder.mkdir()
     other.mkdir()  # not a temporary folder of train.py
-    ended = export(tmp_path, before=(
-        "import os\nreplace = os.replace\n"
-        "def replace_file(source, target):\n"
-        "    if os.path.isdir(target):\n"
-        "        raise PermissionError(13, 'Access is denied', target)\n"
-        "    replace(source, target)\n"
-        "os.replace = replace_file"))
+    ended = export(tmp_path, before=faults.folders_are_not_replaced)
     assert (ended.returncode, ended.stderr) == (0, "")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     line = refused(f"--out_dir={tmp_path}", f"--export={folder}", script=TRAIN)

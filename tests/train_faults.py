@@ -117,6 +117,23 @@ def full_disk_under_log():
     builtins.open = open_full
 
 
+def folders_are_not_replaced():
+    """As on Windows, os.replace() does not replace a folder, even an empty one."""
+    replace = os.replace
+
+    def replace_file(source, target):
+        if os.path.isdir(target):
+            raise PermissionError(errno.EACCES, "Access is denied", target)
+        replace(source, target)
+
+    os.replace = replace_file
+
+
+def killed_before_vocabulary():
+    """The process ends with exit status 9 when it has exported the weights."""
+    shutil.copymode = lambda *paths: os._exit(9)
+
+
 def no_memory_maps():
     mmap.mmap = None
 
