@@ -195,8 +195,8 @@ def main():
             print(f"| tiktoken alone | {tiktoken_seconds:.1f} | |\n")
             print(f"time: {sum(seconds) / tiktoken_seconds:.2f} times that of tiktoken alone")
         print(f"\ndisk space: {peak_disk / 1e9:.2f} GB at the peak, {peak_disk / size:.2f} times"
-              f" the size of train.bin and val.bin, {disk_space(work / 'out') / size:.2f} times after"
-              f" the run; {disk_space(work / 'hf') / 1e9:.2f} GB in the cache of datasets")
+              f" the size of train.bin and val.bin, {disk_space(work / 'out') / size:.2f} times"
+              f" after the run; {disk_space(work / 'hf') / 1e9:.2f} GB in the cache of datasets")
         if not {"--drop_repeated", "--document_column"} & {flag.split("=")[0] for flag in others}:
             compared = compare_with_oracle(files, work / "out", stats)
             print(f"{compared:,} rows or documents compared with the oracle: equal")
