@@ -7,9 +7,9 @@
     python train.py --sample=True --start="it was"        # text from out/ckpt.pt
     python train.py --export=my_gpt                       # out/ckpt.pt as transformers' GPT-2
 
-The batches and dropout masks of an iteration depend only on its number and the seed. A run that was
-stopped and resumed gives the same result as one without a stop (bit for bit on a CPU in float32),
-and any number of processes trains on the same tokens.
+The batches and dropout masks of an iteration depend only on its number and the seed, not on the
+number of processes. A run that was stopped and resumed gives the same result as one without a stop
+(bit for bit on a CPU in float32).
 """
 import argparse
 import builtins
@@ -50,7 +50,7 @@ RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has no SIGHUP
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, HANGUP
 SIGNALS = []  # those received: train() saves and stops
-EVAL_SEED = 0, 2**32 - 1  # like (seed, iter_num), with an iteration that training never reaches
+EVAL_SEED = 0, 2**32 - 1  # (seed, iter_num), with an iteration that training never reaches
 MODEL_FLAGS = "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"  # in GPTConfig, too
 GPT2_VOCAB_SIZE = 50257  # without padding
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken
@@ -177,14 +177,14 @@ def user_error(message):
     """Turn an exception inside the `with` block into a UserError."""
     try:
         yield
-    except (UserError, ImportError, MemoryError):  # main() has better messages for them
+    except (UserError, ImportError, MemoryError):  # explain() has better messages for them
         raise
     except Exception as error:
         raise UserError(f"{message} ({type(error).__name__}: {error})") from None
 
 
 def explain(error):
-    """One line about the exception `error` and what to do about it; None for a fault of ours."""
+    """One line about `error` and what to do about it; None for an unexpected exception."""
     line = textwrap.shorten(str(error), 600)
     if isinstance(error, ImportError) and error.name:
         return f"{line}; pip install {error.name.partition('.')[0]}"
@@ -237,7 +237,7 @@ def parse_flags(argv):
             flags.append(word)
             continue
         config = vars(Config(**vars(parser.parse_args(flags))))
-        # the file can read earlier settings as if they were builtins, also in its functions, so
+        # earlier settings are passed as builtins: the file and its functions can read them, and
         # `assigned` gets only the names that the file itself assigns
         assigned = {"__file__": word, "__builtins__": vars(builtins) | config}
         with user_error(f"{word}: not a valid config file"):
@@ -488,7 +488,7 @@ def random_starts(file, config, seed, size):
 
 
 def eval_starts(file, config, n_batches):
-    """Start positions of each batch: n_batches random ones; if 0, all full sequences in order."""
+    """Start positions for each of n_batches random batches; if 0, all full sequences in order."""
     if n_batches:
         return random_starts(file, config, EVAL_SEED, (n_batches, config.batch_size))
     n_tokens = os.fstat(file.fileno()).st_size // 2
@@ -685,20 +685,21 @@ def all_reduce(values, device):
 
 @torch.no_grad()
 def estimate_loss(model, compute_loss, files, config, device):
-    """{split: mean loss}, on the same batches each time. Raises Stop after a signal."""
+    """{split: mean loss}, on the same batches each time: of train.bin, as many random ones as of
+    val.bin. Raises Stop after a signal."""
     val_batches = eval_starts(files["val"], config, config.eval_iters)
     train_batches = eval_starts(files["train"], config, len(val_batches))
     model.eval()
     losses = {}
     for split, batches in ("train", train_batches), ("val", val_batches):
-        batch_losses = []  # (loss, number of tokens), as the last batch may be smaller
+        batch_losses = []  # (loss, n_tokens), as the last batch may be smaller
         for starts in batches[RANK::WORLD_SIZE]:
             if SIGNALS:
                 break
             x, y = get_batch(files[split], starts, model.config, device)
             batch_losses.append((compute_loss(x, y), y.numel()))
-        loss_sum = sum(loss.item() * size for loss, size in batch_losses)  # waits for the GPU
-        n_tokens = sum(size for _, size in batch_losses)
+        loss_sum = sum(loss.item() * n for loss, n in batch_losses)  # waits for the GPU
+        n_tokens = sum(n for _, n in batch_losses)
         loss_sum, n_tokens, signals = all_reduce([loss_sum, n_tokens, len(SIGNALS)], device)
         if signals:
             raise Stop
@@ -708,7 +709,8 @@ def estimate_loss(model, compute_loss, files, config, device):
 
 
 def check_loss(loss, iter_num, scaler):
-    """Raise UserError if `loss` is not finite, except if the scaler of float16 may still help."""
+    """Raise UserError if `loss` is not finite. With float16, this is accepted while the loss scale
+    is at least 1: the scaler skips the update and halves the scale."""
     if not math.isfinite(loss) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
         raise UserError(f"loss {loss} at iteration {iter_num}; reduce --learning_rate")
 
@@ -788,14 +790,15 @@ def train(config, given):
     """Train a model. Returns the exit status: 0, or 128 + the signal that stopped it.
 
     A signal is Ctrl-C, SIGTERM, a closed terminal, or output that nobody reads. Before the loop, it
-    ends the process. In the loop, the run stops before its next batch, and never during a save: the
-    weights are those of iter_num, and a resumed run repeats the unfinished iteration or evaluation.
-    The weights are saved, except if always_save_checkpoint is False, as there is no new validation
-    loss. A second Ctrl-C ends the process at once.
+    ends the process. In the loop, one process stops before its next batch; several processes finish
+    the iteration, or the split that they evaluate, and stop together. The saved weights are those
+    before iteration iter_num, which a resumed run repeats. They are not saved if
+    always_save_checkpoint is False, as there is no new validation loss. A second Ctrl-C ends the
+    process at once.
 
-    Several processes finish the iteration, or the split that they evaluate, and stop together. They
-    communicate before the loop, to start with equal weights; in each iteration, to add up gradients
-    and signals; after each split and when a loss is logged; and at the end, to wait for process 0.
+    Several processes communicate before the loop, to start with equal weights; in each iteration,
+    to add up gradients and signals; after each split and when a loss is logged; and at the end, to
+    wait for process 0.
     """
     device, ctx = init_device(config)
     model, optimizers, scaler, iter_num, best_val_loss = init_training(config, given, device)
@@ -807,21 +810,24 @@ def train(config, given):
     log_file = open_log(config, iter_num)
 
     def compute_loss(x, y):
-        with ctx:  # compiled, too: before 2.13, PyTorch's cache confuses graphs of two dtypes
+        # PyTorch before 2.13 confuses the data types of cached graphs if ctx is not compiled, too
+        with ctx:
             return model(x, y)[1]
 
     if config.compile:
         report("compiling the model, which takes about a minute")
-        compute_loss = torch.compile(compute_loss, dynamic=False)  # a smaller batch: its own graph
+        compute_loss = torch.compile(compute_loss, dynamic=False)  # a graph for each batch size
     for number in STOP_SIGNALS:
         if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, handle_signal)
 
     ckpt_path = pathlib.Path(config.out_dir, "ckpt.pt")
-    first_iter = saved = iter_num  # saved: the iteration that was loaded or saved; 0: none
-    if ckpt_path.exists() and not (saved or config.eval_only):
+    first_iter = iter_num
+    saved_iter = iter_num  # iteration of this run's checkpoint in out_dir; 0: there is none
+    if ckpt_path.exists() and not (saved_iter or config.eval_only):
         report(f"{ckpt_path} belongs to another run; the first save renames it to ckpt.pt.old")
-    status, mfu, t0, t0_iter = 0, None, time.perf_counter(), iter_num
+    status, mfu = 0, None
+    t0, t0_iter = time.perf_counter(), iter_num
     try:
         while True:
             lr = get_lr(iter_num, config)
@@ -829,8 +835,8 @@ def train(config, given):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
-            # evaluate and save; as in nanoGPT, one more update follows the evaluation at max_iters,
-            # and then a last evaluation
+            # evaluate and save; as in nanoGPT, iteration max_iters is trained, too, but then a last
+            # evaluation follows
             finished = config.eval_only or iter_num > config.max_iters
             if finished or iter_num % config.eval_interval == 0:
                 losses = estimate_loss(model, compute_loss, files, config, device)
@@ -838,10 +844,10 @@ def train(config, given):
                 improved = losses["val"] < best_val_loss
                 if improved:
                     best_val_loss = losses["val"]
-                if iter_num > saved and (improved or config.always_save_checkpoint):
+                if iter_num > saved_iter and (improved or config.always_save_checkpoint):
                     save_checkpoint(ckpt_path, model, optimizers, scaler, iter_num, best_val_loss,
-                                    config, keep_old=not saved)
-                    saved = iter_num
+                                    config, keep_old=not saved_iter)
+                    saved_iter = iter_num
                 report(f"step {iter_num}: train loss {losses['train']:.4f},"
                        f" val loss {losses['val']:.4f}")
                 log(config, log_file, {
@@ -861,7 +867,7 @@ def train(config, given):
                 # meanwhile, a GPU computes the micro-batch before this one
                 x, y = get_batch(files["train"], starts, model.config, device)
                 if config.dropout:
-                    torch.manual_seed(hash(seed))  # unlike that of strings, always the same
+                    torch.manual_seed(hash(seed))  # a tuple of numbers always has the same hash
                 loss = compute_loss(x, y)
                 scaler.scale(loss / config.gradient_accumulation_steps).backward()
                 loss_sum += loss.detach()
@@ -880,7 +886,7 @@ def train(config, given):
 
             # log
             if iter_num % config.log_interval == 0 or iter_num == first_iter:
-                loss, = all_reduce([loss_sum.item() / config.gradient_accumulation_steps], device)
+                [loss] = all_reduce([loss_sum.item() / config.gradient_accumulation_steps], device)
                 check_loss(loss, iter_num, scaler)
                 dt = (time.perf_counter() - t0) / (iter_num + 1 - t0_iter)
                 t0, t0_iter = time.perf_counter(), iter_num + 1
@@ -901,20 +907,20 @@ def train(config, given):
                 raise Stop
     except Stop:
         status = 128 + max(SIGNALS, default=signal.SIGTERM)  # another process received the signal
-        if iter_num > saved and config.always_save_checkpoint:
+        if iter_num > saved_iter and config.always_save_checkpoint:
             save_checkpoint(ckpt_path, model, optimizers, scaler, iter_num, best_val_loss, config,
-                            keep_old=not saved)
-            saved = iter_num
+                            keep_old=not saved_iter)
+            saved_iter = iter_num
     if RANK == 0 and iter_num > first_iter:  # not with eval_only
         plot_losses(ckpt_path.with_name("loss.png"))
-    all_reduce([0], device)  # the others wait for process 0: torchrun ends a job at the first exit
+    all_reduce([0], device)  # a barrier: torchrun ends a job when its first process exits
 
     line = f"{iter_num} iterations, best val loss {best_val_loss:.4f}"
     if device.type == "cuda":
         line += f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    if saved:
-        report(f"{line}, iteration saved in {ckpt_path}: {saved}; to resume, use the same flags and"
-               " --init_from=resume")
+    if saved_iter:
+        report(f"{line}, iteration saved in {ckpt_path}: {saved_iter}; to resume, use the same"
+               " flags and --init_from=resume")
     else:
         report(f"{line}, no checkpoint was saved")
     return status

@@ -77,8 +77,8 @@ def oracle(rows, test_size=0.0005, seed=2357, shuffle=True):
 
 
 def rows_to_keep(rows, n):
-    """The numbers of the `rows` that are not in a run of at least `n` rows that occurred before, at
-    an earlier row."""
+    """The indices of the `rows` that are in no repeated run. That is `n` consecutive rows that also
+    occur at an earlier index."""
     first, dropped = {}, set()
     for i in range(len(rows) - n + 1):
         if first.setdefault(tuple(rows[i:i + n]), i) < i:
@@ -161,7 +161,7 @@ def run_as_main(arguments, before, folder):
 
 
 class ForkedProcess:
-    """A process forked from FORKSERVER, with the methods of subprocess.Popen."""
+    """A process forked from FORKSERVER, with what the tests use of subprocess.Popen."""
 
     def __init__(self, args, before, folder):
         start_fork_server()
@@ -194,7 +194,7 @@ class ForkedProcess:
 def start_script(script, *flags, before=None, **environment):
     """Start `script` in a process group of its own. Returns a Popen or a ForkedProcess.
 
-    With `environment`, it is a new interpreter, since libraries read variables on import.
+    With environment variables, it runs in a new interpreter, since libraries read them on import.
     Otherwise it is forked from FORKSERVER. `before` runs first in the process: Python code, or a
     function that can be pickled. The output goes to files, which are in `process.folder` until
     finish() or discard() is called."""
@@ -233,7 +233,7 @@ def finish(process, timeout=TIMEOUT):
 
 
 def discard(process):
-    """End the process group of a process of start_script, and delete its output."""
+    """Kill the process group of a process of start_script, and delete its output."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -249,10 +249,10 @@ def run_script(script, *flags, timeout=TIMEOUT, **options):
         discard(process)
 
 
-def wait_for(condition, process, seconds=TIMEOUT):
-    """Call condition() until its value is true, `process` has ended or `seconds` have passed.
+def wait_for(condition, process):
+    """Call condition() until its value is true, `process` has ended or TIMEOUT seconds have passed.
     Returns the last value."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + TIMEOUT
     while True:
         last = process.poll() is not None or time.monotonic() > deadline
         value = condition()

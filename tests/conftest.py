@@ -11,7 +11,7 @@ from common import (  # noqa: E402
 from hub import HUB  # noqa: E402
 
 
-# as in a terminal: nohup and the background of a shell ignore these, and so would all processes
+# as in a terminal: nohup and a shell's background ignore these, and child processes inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

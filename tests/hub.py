@@ -37,7 +37,8 @@ class Hub(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def entries(self, folder="", recursive=True):
-        """The tree entries of the files in `folder`, and of its folders if not recursive."""
+        """The tree entries of the subfolders of `folder` and of its files; if `recursive`, also of
+        the files in subfolders."""
         prefix = f"{folder}/" if folder else ""
         below = {path.removeprefix(prefix): body for path, body in self.files.items()
                  if path.startswith(prefix)}
@@ -114,8 +115,7 @@ HUB = Hub()
 
 @contextlib.contextmanager
 def serve(files, name="SamuelYang/bookcorpus", fault=lambda method, path, handler: False):
-    """Serve `files` in a `with` block, at first with an empty cache. Returns the Hub."""
+    """Empty the cache, then serve `files` as the dataset `name` in a `with` block."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
     HUB.name, HUB.files, HUB.fault, HUB.requests = name, files, fault, []
     yield HUB
-    HUB.files = {}

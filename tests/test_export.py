@@ -43,7 +43,7 @@ def assert_same_logits(found, expected):
                                                        (False, "gelu", 0.0)])
 def test_export(tmp_path, bias, activation, dropout):
     model = save_checkpoint(tmp_path, activation=activation, bias=bias, dropout=dropout, n_embd=32)
-    ended = export(tmp_path, before=faults.killed_before_vocabulary)
+    ended = export(tmp_path, before=faults.exit_after_weights)
     folder = tmp_path / "gpt"
     assert ended.returncode == 9 and not folder.exists(), "a killed export left a folder"
     left, = tmp_path.glob("gpt.new-*")

@@ -28,8 +28,8 @@ PNG = b"\x89PNG"
 
 @pytest.fixture
 def run_tool(monkeypatch, capsys):
-    """run_tool(name, *flags) runs main() of a program in tests/tools here, so that its runs are
-    forked from the fork server of the tests. It must succeed. Returns its stdout."""
+    """run_tool(name, *flags) runs main() of a program in tests/tools in this process, so that its
+    runs are forked from the fork server of the tests. It must succeed. Returns its stdout."""
     def run(name, *flags):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         with mock.patch.dict(os.environ):
@@ -216,7 +216,7 @@ def test_benchmark_of_train_without_a_gpu(run_tool):
 @pytest.fixture
 def fork_programs(monkeypatch):
     """run_program() of bench_train.py forks the programs from the fork server."""
-    def run_or_fork(arguments, folder, seconds):
+    def run_forked(arguments, folder, seconds):
         monkeypatch.chdir(folder)
         if arguments[0] == "-m":
             (folder / "torchrun.py").write_text(f"import {arguments[1]} as run; run.main()")
@@ -224,7 +224,7 @@ def fork_programs(monkeypatch):
         ended = run_script(*arguments, timeout=seconds)
         return ended.returncode, ended.stdout, ended.stderr
 
-    monkeypatch.setattr(bench_train, "run_program", run_or_fork)
+    monkeypatch.setattr(bench_train, "run_program", run_forked)
 
 
 def test_benchmark_of_train(run_tool, fork_programs, tmp_path):

@@ -347,8 +347,8 @@ def test_one_static_graph_per_shape(train, tmp_path, eval_iters, dtype):
     (https://github.com/pytorch/pytorch/pull/181564)."""
     flags = (f"--eval_iters={eval_iters}", f"--dtype={dtype}", "--max_iters=6", "--eval_interval=3",
              "--n_layer=1", "--batch_size=4")
-    count_graphs = partial(faults.count_graphs, tmp_path / "graphs")
-    ended = train(*flags, "--compile=True", before=count_graphs)
+    record_graphs = partial(faults.record_graphs, tmp_path / "graphs")
+    ended = train(*flags, "--compile=True", before=record_graphs)
     assert ended.returncode == 0 and "compiling the model" in ended.stdout, ended.stderr
     graphs = (tmp_path / "graphs").read_text().splitlines()
     autocast = [] if dtype == "float32" else [torch.bfloat16]
@@ -358,7 +358,7 @@ def test_one_static_graph_per_shape(train, tmp_path, eval_iters, dtype):
     assert sorted(graphs) == sorted(expected), "each graph is compiled once"
     assert losses(ended.stdout) == pytest.approx(losses(train(*flags).stdout), abs=2e-3)
     ended = train("--sample=True", "--n_layer=1", "--num_samples=2", "--max_new_tokens=5",
-                  "--compile=True", before=count_graphs)
+                  "--compile=True", before=record_graphs)
     assert ended.stdout.count("---------------") == 2, ended.stderr
     assert len((tmp_path / "graphs").read_text().splitlines()) == len(expected)
 

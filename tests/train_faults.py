@@ -121,16 +121,16 @@ def folders_are_not_replaced():
     """As on Windows, os.replace() does not replace a folder, even an empty one."""
     replace = os.replace
 
-    def replace_file(source, target):
+    def replace_unless_folder(source, target):
         if os.path.isdir(target):
             raise PermissionError(errno.EACCES, "Access is denied", target)
         replace(source, target)
 
-    os.replace = replace_file
+    os.replace = replace_unless_folder
 
 
-def killed_before_vocabulary():
-    """The process ends with exit status 9 when it has exported the weights."""
+def exit_after_weights():
+    """Exit with status 9, without cleaning up, when the exported weights have been written."""
     shutil.copymode = lambda *paths: os._exit(9)
 
 
@@ -169,7 +169,8 @@ def stand_in_for_wandb(path):
 
 
 def backend_of_a_notebook():
-    """matplotlib is not imported yet, and would fail because of its backend."""
+    """MPLBACKEND names the backend of a notebook, which is not installed. matplotlib is unloaded,
+    so that train.py imports it and reads the variable."""
     variables({"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         del sys.modules[name]
@@ -189,7 +190,7 @@ def no_network(folder):
     def read_file(url):
         raise OSError("no network")
 
-    tiktoken.registry.ENCODINGS.clear()  # preload.py has loaded GPT-2's
+    tiktoken.registry.ENCODINGS.clear()  # forget the encoding that preload.py has loaded
     tempfile.tempdir = folder
     tiktoken.load.read_file = read_file
 
@@ -222,9 +223,9 @@ def compile_with(backend):
     torch.compile = lambda model, **options: compile_model(model, backend=backend, **options)
 
 
-def count_graphs(path):
-    """Do not compile, but write a line to `path` for each graph: the shape of its input, whether it
-    is for training, whether all shapes are static, and autocast's types."""
+def record_graphs(path):
+    """Trace, but do not compile. Write a line to `path` for each graph: the shape of its input,
+    whether it is for training, whether all shapes are static, and the data types of autocast."""
     def backend(graph, inputs):
         x = next(tensor for tensor in inputs if tensor.dtype == torch.int64)
         static = all(isinstance(size, int) for tensor in inputs for size in tensor.shape)

@@ -12,9 +12,8 @@ float32, not compiled. Prints a Markdown table with a row for each run:
     sampling               new tokens per second of 1 and of 16 samples
     repeated, resumed      a quarter of adamw's iterations, then resumed for another quarter.
                            "repeated" shows how far the losses of equal runs differ on this GPU
-    torchrun               a quarter, in one process under torchrun with NCCL, where
-                           DistributedDataParallel splits a compiled model into several graphs (on
-                           a CPU: with gloo; graphs are traced only, without a C++ compiler)
+    torchrun               a quarter, in one process under torchrun, compiled (on a CPU: only
+                           traced, without a C++ compiler)
     adamw, other dtypes    a quarter
 
 Tokens/s are from the median time per iteration, without the first ten iterations or, in a short
