@@ -150,23 +150,27 @@ def start_fork_server():
         multiprocessing.forkserver.ensure_running()
 
 
-def run_as_main(arguments, before, folder):
-    """In a forked process: run the script arguments[0] with output to files in `folder`."""
+def run_as_main(arguments, before, stdout, stderr):
+    """In a forked process: run the script arguments[0], which appends its output to two files."""
     os.setsid()
-    for number, name in (1, "stdout"), (2, "stderr"):
-        os.dup2(os.open(pathlib.Path(folder, name), os.O_WRONLY), number)
+    for number, path in (1, stdout), (2, stderr):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout = open(1, "w", closefd=False)  # as a new interpreter has it
     sys.argv[:] = arguments
-    exec(before or "", {})
+    if callable(before):
+        before()
+    else:
+        exec(before or "", {})
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class ForkedProcess:
-    """A process forked from FORKSERVER, with what the tests use of subprocess.Popen."""
+    """A process forked from FORKSERVER, or with the start method `context`, with what the tests use
+    of subprocess.Popen."""
 
-    def __init__(self, args, before, folder):
-        start_fork_server()
+    def __init__(self, args, before, stdout, stderr, context=FORKSERVER):
         self.args = args
-        self.process = FORKSERVER.Process(target=run_as_main, args=(args, before, folder))
+        self.process = context.Process(target=run_as_main, args=(args, before, stdout, stderr))
         self.process.start()
         self.pid = self.process.pid
 
@@ -198,22 +202,23 @@ def start_script(script, *flags, before=None, **environment):
     Otherwise it is forked from FORKSERVER. `before` runs first in the process: Python code, or a
     function that can be pickled. The output goes to files, which are in `process.folder` until
     finish() or discard() is called."""
-    if callable(before):
-        before = (f"import pickle, sys; sys.path.append({str(ROOT / 'tests')!r})\n"
-                  f"pickle.loads({pickle.dumps(before)!r})()")
     folder = tempfile.TemporaryDirectory()
     files = [pathlib.Path(folder.name, name) for name in ("stdout", "stderr")]
     for file in files:
         file.touch()
     arguments = [str(script), *map(str, flags)]
     if environment:
+        if callable(before):
+            before = (f"import pickle, sys; sys.path.append({str(ROOT / 'tests')!r})\n"
+                      f"pickle.loads({pickle.dumps(before)!r})()")
         code = ["-c", f"{before}\nimport runpy, sys; del sys.argv[0];"
                 " runpy.run_path(sys.argv[0], None, '__main__')"] if before else []
         with open(files[0], "w") as stdout, open(files[1], "w") as stderr:
             process = subprocess.Popen([sys.executable, *code, *arguments], start_new_session=True,
                                        env=os.environ | environment, stdout=stdout, stderr=stderr)
     else:
-        process = ForkedProcess(arguments, before, folder.name)
+        start_fork_server()
+        process = ForkedProcess(arguments, before, *files)
     process.folder = folder
     return process
 

@@ -11,10 +11,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from common import (ROOT, SAMPLE, SENTENCES, gpt2, oracle, row_bytes, run_script,
-                    write_parquet)
+from common import ROOT, SAMPLE, SENTENCES, gpt2, oracle, row_bytes, run_script, write_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train_faults import fork_workers
 
 TOOLS = ROOT / "tests" / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -221,7 +221,7 @@ def fork_programs(monkeypatch):
         if arguments[0] == "-m":
             (folder / "torchrun.py").write_text(f"import {arguments[1]} as run; run.main()")
             arguments = ["torchrun.py", *arguments[2:]]
-        ended = run_script(*arguments, timeout=seconds)
+        ended = run_script(*arguments, timeout=seconds, before=fork_workers)
         return ended.returncode, ended.stdout, ended.stderr
 
     monkeypatch.setattr(bench_train, "run_program", run_forked)

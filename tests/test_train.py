@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 import train_faults as faults
-from common import (ONE_NODE, ROOT, SAMPLE, TINY, TORCHRUN, TRAIN, TWO_NODES, child_processes,
-                    finish, free_port, gpt2, run_script, wait_for, wait_for_line)
+from common import (ONE_NODE, ROOT, SAMPLE, TINY, TORCHRUN, TRAIN, TWO_NODES, finish, free_port,
+                    gpt2, run_script, wait_for, wait_for_line)
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
@@ -41,9 +41,9 @@ def start_train(start, dataset, tmp_path):
 @pytest.fixture
 def start_job(start, dataset, tmp_path):
     """start_job(*flags) starts it with two processes of torchrun, into tmp_path/two."""
-    return lambda *flags, torchrun=ONE_NODE.replace("=8", "=2"), **options: start(
+    return lambda *flags, torchrun=ONE_NODE.replace("=8", "=2"), before=faults.fork_workers: start(
         TORCHRUN, *torchrun.split(), TRAIN, f"--dataset={dataset}",
-        f"--out_dir={tmp_path / 'two'}", *TINY, *flags, **options)
+        f"--out_dir={tmp_path / 'two'}", *TINY, *flags, before=before)
 
 
 def checkpoint_in(folder, name="ckpt.pt"):
@@ -776,7 +776,8 @@ def test_killed_while_saving(train, tmp_path):
 
 
 def test_two_nodes_equal_one_process(start_job, train, tmp_path):
-    """Two launchers on this machine, with one process each."""
+    """Two launchers on this machine, with one process each. These are new interpreters, not forked,
+    since a thread matters only where an interpreter exits."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, glob, os\n"
         "def names():\n"
@@ -816,15 +817,16 @@ def test_killed_process_of_a_job(train, start_job, tmp_path):
     """The others end. The job was resumed from a checkpoint of a single process."""
     assert train("--max_iters=3").returncode == 0
     shutil.move(tmp_path / "out", tmp_path / "two")
-    job = start_job("--log_interval=10", "--init_from=resume")
+    job = start_job("--log_interval=10", "--init_from=resume",
+                    before=partial(faults.fork_workers, partial(faults.write_pid, tmp_path)))
     assert wait_for_line(job, "iter ").startswith("iter 4:")
-    workers = [pathlib.Path(f"/proc/{pid}") for pid in child_processes(job.pid)]
-    victim, = (path for path in workers if b"\0RANK=1\0" in (path / "environ").read_bytes())
-    os.kill(int(victim.name), signal.SIGKILL)
+    workers = [int((tmp_path / rank).read_text()) for rank in "01"]
+    os.kill(workers[1], signal.SIGKILL)
     ended = finish(job)
     assert ended.returncode == 1, ended.stderr
     assert "train.py: the processes of the job cannot communicate" in ended.stderr
-    assert f"{TRAIN}\", line" not in ended.stderr and not any(path.exists() for path in workers)
+    assert f"{TRAIN}\", line" not in ended.stderr and not any(
+        pathlib.Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 def test_data_replaced_while_training(train, dataset, tmp_path):

@@ -2,16 +2,14 @@
 import errno
 import functools
 import os
-import shlex
 import signal
-import subprocess
 from functools import partial
 
 import pytest
 import torch
 import train_faults as faults
-from common import (ROOT, TINY, TORCHRUN, TRAIN, discard, finish, free_port, group_has_ended,
-                    output_of, start_script, wait_for)
+from common import (TINY, TORCHRUN, TRAIN, discard, finish, free_port, group_has_ended, output_of,
+                    start_script, wait_for)
 
 # evaluations at 0, 2, 4 and 6, checkpoints at 2, 4 and 6
 FLAGS = [*TINY, "--dropout=0.1", "--eval_interval=2", "--max_iters=5"]
@@ -23,15 +21,6 @@ MOMENTS = {
     "save": ("torch.save", 1),
     "log": ("json.dumps", 5),
 }
-# runs the script argv[1], as a process of torchrun
-WRAPPER = f"""
-import runpy, sys
-sys.path.append({str(ROOT / "tests")!r})
-import train_faults
-train_faults.wait_at_call(*%r, ".")
-del sys.argv[0]
-runpy.run_path(sys.argv[0], None, "__main__")
-"""
 
 
 def state(folder):
@@ -76,57 +65,34 @@ def assert_resumed(processes, flags, out, expected):
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("reader, moment", [
-    *(("tee", moment) for moment in MOMENTS), ("head", "before the first iteration"),
-    ("head", "evaluation")])
-def test_output_that_nobody_reads(start, whole, dataset, tmp_path, reader, moment):
+@pytest.mark.parametrize("reader, moment, processes", [
+    *(("tee", moment, 1) for moment in MOMENTS), ("tee", "save", 2), ("head", "evaluation", 2),
+    ("head", "before the first iteration", 1), ("head", "evaluation", 1)])
+def test_output_that_nobody_reads(start, whole, dataset, tmp_path, reader, moment, processes):
     """Ctrl-C with `| tee`, which it ends, too, and `| head`, which ends after some lines."""
     pipe, out, flags = tmp_path / "pipe", tmp_path / "out", [f"--dataset={dataset}", *FLAGS]
     os.mkfifo(pipe)
     reading_end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    process = start(TRAIN, *flags, f"--out_dir={out}", before=partial(
-        faults.pipe_output, pipe, *MOMENTS[moment], tmp_path))
+    command, wait = [TRAIN], partial(faults.wait_at_call, *MOMENTS[moment], tmp_path)
+    if processes > 1:
+        command = [TORCHRUN, "--standalone", f"--nproc_per_node={processes}", TRAIN]
+        wait = partial(faults.fork_workers, wait)
+    process = start(*command, *flags, f"--out_dir={out}",
+                    before=partial(faults.pipe_output, pipe, wait))
     assert wait_for((tmp_path / "reached").exists, process), output_of(process, "stderr")
     os.close(reading_end)  # the reader ends, then train.py goes on
     if reader == "tee":
         process.send_signal(signal.SIGINT)
     (tmp_path / "go").touch()
-    assert process.wait(120) == 128 + (signal.SIGINT if reader == "tee" else signal.SIGHUP)
-    assert output_of(process, "stderr") == ""
+    status, errors = process.wait(120), output_of(process, "stderr")
+    if processes == 1:
+        assert status == 128 + (signal.SIGINT if reader == "tee" else signal.SIGHUP)
+        assert errors == ""
+    else:  # torchrun reports the signal or the status of the processes
+        assert status != 0 and f'{TRAIN}", line' not in errors, errors
+        assert group_has_ended(process.pid)
     assert (out / "ckpt.pt").exists() == (moment != "before the first iteration")
-    assert_resumed(1, flags, out, whole(1))
-
-
-@pytest.mark.parametrize("reader, moment", [("tee", "save"), ("head", "evaluation")])
-def test_output_of_a_job_that_nobody_reads(whole, dataset, tmp_path, reader, moment):
-    """The same with torchrun, in a shell."""
-    (tmp_path / "wrapper.py").write_text(WRAPPER % (MOMENTS[moment],))
-    out, flags = tmp_path / "out", [f"--dataset={dataset}", *FLAGS]
-    line = shlex.join(map(str, [TORCHRUN, "--standalone", "--nproc_per_node=2", "wrapper.py",
-                                TRAIN, *flags, f"--out_dir={out}"]))
-    # the reader ends, then train.py goes on
-    read = "tee output" if reader == "tee" else "until [ -e closed ]; do sleep 0.01; done"
-    process = subprocess.Popen(
-        ["bash", "-c", f"trap : INT; {line} 2> errors |"
-                       f" {{ trap : INT; {read}; exec <&-; touch go; }}"],
-        cwd=tmp_path, start_new_session=True,
-        stdout=subprocess.DEVNULL,  # that of tee
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    try:
-        assert wait_for((tmp_path / "reached").exists, process)
-        if reader == "tee":
-            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
-        else:
-            (tmp_path / "closed").touch()
-        process.wait(120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert group_has_ended(process.pid)
-    errors = (tmp_path / "errors").read_text()
-    assert f'{TRAIN}", line' not in errors, errors
-    assert (out / "ckpt.pt").exists()
-    assert_resumed(2, flags, out, whole(2))
+    assert_resumed(processes, flags, out, whole(processes))
 
 
 @pytest.mark.parametrize("name, stops", [

@@ -4,10 +4,12 @@ Each one changes the process that it runs in; then train.py starts in this proce
 given with functools.partial."""
 import builtins
 import errno
+import functools
 import importlib.util
 import itertools
 import json
 import mmap
+import multiprocessing
 import multiprocessing.util
 import os
 import pathlib
@@ -22,6 +24,8 @@ import types
 import weakref
 
 import torch
+from common import ForkedProcess
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 # the environment ---------------------------------------------------------------
 
@@ -29,6 +33,28 @@ import torch
 def variables(values):
     """Set environment variables. train.py reads some of them when it starts."""
     os.environ.update(values)
+
+
+def fork_workers(before=None):
+    """torchrun forks its worker processes, which saves 5 s per process. `before` runs first in
+    each of them."""
+    def start(args, env, **options):
+        python, unbuffered, *arguments = args
+        return ForkedProcess(arguments, functools.partial(init_worker, env, before),
+                             "/proc/self/fd/1", "/proc/self/fd/2", multiprocessing.get_context("fork"))
+
+    subprocess_handler.Popen = start
+
+
+def init_worker(env, before):
+    variables(env)
+    if before:
+        before()
+
+
+def write_pid(folder):
+    """Write the id of this process of a job to a file whose name is its rank."""
+    pathlib.Path(folder, os.environ["RANK"]).write_text(str(os.getpid()))
 
 
 def closed_output():
@@ -308,10 +334,11 @@ def wait_at_call(name, number, folder):
     setattr(owner, attribute, wait)
 
 
-def pipe_output(path, *call):
-    """Write to the named pipe `path`; wait_at_call(*call)."""
-    sys.stdout = open(path, "w")
-    wait_at_call(*call)
+def pipe_output(path, then):
+    """Write to the named pipe `path`. Call then()."""
+    os.dup2(os.open(path, os.O_WRONLY), 1)
+    sys.stdout = open(1, "w", closefd=False)
+    then()
 
 
 # updates -----------------------------------------------------------------------
