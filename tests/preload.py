@@ -23,8 +23,13 @@ with tempfile.TemporaryDirectory() as folder:
     tiktoken.get_encoding("gpt2")
     del os.environ["TIKTOKEN_CACHE_DIR"]
 
+for script in common.TRAIN, common.PREPARE:
+    common.compile_script(str(script))
+
 with contextlib.suppress(ImportError):
+    import matplotlib
     from matplotlib.figure import Figure
+    matplotlib.rcParams["savefig.dpi"] = 10  # a picture takes 0.06 s, not 0.12 s
     Figure().subplots().figure.savefig(io.BytesIO())  # loads the fonts
 
 gc.collect()

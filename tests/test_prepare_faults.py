@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from common import (PREPARE, ROOT, SAMPLE, SENTENCES, adversarial_rows, bins, child_processes,
                     copy_vocabulary, finish, free_port, group_has_ended, limit_file_size, oracle,
-                    stage_of, temporary_folder, wait_for, write_jsonl, write_parquet)
+                    run_script, stage_of, temporary_folder, wait_for, write_jsonl, write_parquet)
 from hub import ONLINE, serve
 
 sys.path.insert(0, str(PREPARE.parent))
@@ -236,7 +236,7 @@ def test_system_without_fork_and_most_signals(prepare, tmp_path):
 
 def test_macos_spawns(prepare, tmp_path):
     """On macOS, fork is the default of multiprocess, but not safe."""
-    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--num_proc=2", before=(
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--num_proc=1", before=(
         "import multiprocess.popen_spawn_posix, os, sys; sys.platform = 'darwin'; del os.fork"))
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path) == oracle(SENTENCES)
@@ -405,8 +405,8 @@ def test_out_dir_on_another_file_system(prepare, tmp_path):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         assert os.stat(other).st_dev != tmp_path.stat().st_dev
         for out, rest in (tmp_path, other), (pathlib.Path(other), str(tmp_path)):
-            ended = prepare(f"--source={SAMPLE}", f"--out_dir={out / 'out'}", TMPDIR=rest,
-                            HF_HOME=f"{rest}/hf")
+            ended = prepare(f"--source={SAMPLE}", f"--out_dir={out / 'out'}",
+                            before=temporary_folder(rest))
             assert ended.returncode == 0, ended.stderr
             assert bins(out / "out") == oracle(SENTENCES)
 
@@ -592,11 +592,12 @@ def test_two_runs_at_once(start_until, refused, corpus, tmp_path):
 
 def run_with_pool(folder, code):
     """Run `code` in a process that is set up like prepare.py."""
-    code = ("import os, pathlib, sys, time; sys.path.insert(0, sys.argv[1])\n"
-            "import prepare, multiprocess, signal\n"
-            "with prepare.child_processes(pathlib.Path(sys.argv[2])):\n") + code
-    ended = subprocess.run([sys.executable, "-c", code, PREPARE.parent, folder / ".prepare"],
-                           capture_output=True, text=True, timeout=100)
+    script = folder / "pool.py"
+    script.write_text(
+        f"import pathlib, sys, time; sys.path.insert(0, {str(PREPARE.parent)!r})\n"
+        "import prepare, multiprocess, signal\n"
+        f"with prepare.child_processes(pathlib.Path({str(folder / '.prepare')!r})):\n" + code)
+    ended = run_script(script)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
