@@ -224,22 +224,17 @@ for name in dir(signal):
 
 
 def test_system_without_fork_and_most_signals(prepare, tmp_path):
+    """Worker processes are spawned on macOS, where fork is the default of multiprocess but not
+    safe, as on Windows."""
     rows = adversarial_rows(3000, seed=4)
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "sitecustomize.py").write_text(OTHER_SYSTEM)
     ended = prepare(f"--source={source}", f"--out_dir={tmp_path / 'out'}", "--num_proc=2",
-                    before="import multiprocess; multiprocess.set_start_method('spawn')",
+                    before=("import datasets, multiprocess.popen_spawn_posix, sys\n"
+                            "sys.platform = 'darwin'"),
                     PYTHONPATH=str(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path / "out") == oracle(rows)
-
-
-def test_macos_spawns(prepare, tmp_path):
-    """On macOS, fork is the default of multiprocess, but not safe."""
-    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--num_proc=1", before=(
-        "import multiprocess.popen_spawn_posix, os, sys; sys.platform = 'darwin'; del os.fork"))
-    assert ended.returncode == 0, ended.stderr
-    assert bins(tmp_path) == oracle(SENTENCES)
 
 
 @pytest.mark.parametrize("late_error", [False, True])
@@ -259,7 +254,7 @@ def test_files_that_are_removed_are_not_mapped(prepare, tmp_path, late_error):
 
 
 IN_A_NOTEBOOK = """
-import multiprocess.pool, os, runpy, signal, sys, tempfile
+import multiprocess, multiprocess.pool, os, runpy, signal, sys, tempfile
 class Stream:  # like ipykernel's, without the attributes of a text file
     def __init__(self, file): self.write, self.flush = file.write, file.flush
 sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
@@ -281,9 +276,9 @@ except KeyboardInterrupt:
 
 def test_run_in_a_notebook(tmp_path):
     """Its process goes on after a run and is as before."""
-    ended = subprocess.run(
-        [sys.executable, "-c", IN_A_NOTEBOOK, PREPARE, f"--source={SAMPLE}",
-         f"--out_dir={tmp_path}", "--num_proc=2"], capture_output=True, text=True, timeout=100)
+    (tmp_path / "notebook.py").write_text(IN_A_NOTEBOOK)
+    ended = run_script(tmp_path / "notebook.py", PREPARE, f"--source={SAMPLE}",
+                       f"--out_dir={tmp_path}", "--num_proc=2")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("| tokens |") == 2 and ended.stdout.endswith("interrupted\n")
     assert bins(tmp_path) == oracle(SENTENCES)
@@ -300,7 +295,7 @@ def test_long_temporary_folder(prepare, tmp_path):
     folder = tmp_path / "/".join(["scratch-folder"] * 8)
     folder.mkdir(parents=True)
     for method in "fork", "forkserver":
-        ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--num_proc=2",
+        ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}", "--num_proc=1",
                         "--overwrite=True", before=temporary_folder(folder) + (
             f"import multiprocess; multiprocess.set_start_method({method!r})"))
         assert ended.returncode == 0, ended.stderr
@@ -309,8 +304,12 @@ def test_long_temporary_folder(prepare, tmp_path):
 
 
 def test_optimized_python_and_home_folder(prepare, tmp_path):
-    ended = prepare(f"--source={SAMPLE}", "--out_dir=~/books", PYTHONOPTIMIZE="2",
-                    HOME=str(tmp_path))
+    """With `python -OO`, there are no assertions and no docstrings."""
+    ended = prepare(f"--source={SAMPLE}", "--out_dir=~/books", before=(
+        f"import common, os; os.environ['HOME'] = {str(tmp_path)!r}\n"
+        "def compile_optimized(path):\n"
+        "    return compile(open(path, 'rb').read(), path, 'exec', optimize=2)\n"
+        "common.compile_script = compile_optimized"))
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path / "books") == oracle(SENTENCES)
 
@@ -482,13 +481,33 @@ def test_stopped_by_a_signal(start_until, prepare, tmp_path, number, method):
     assert bins(out) == before and not (out / ".prepare").exists()
 
 
-def test_nohup(start_until, corpus, tmp_path):
-    process = start_until("tokenizing", before=(
-        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"))
+@pytest.fixture
+def start_and_wait(start_until, tmp_path):
+    """start_and_wait(*flags) is start_until("tokenizing", *flags) with few rows. It tokenizes the
+    last word when the file tmp_path/go exists. Returns the Popen and the rows."""
+    def run(*flags, before=""):
+        rows = [*SENTENCES, "lastword"]
+        source = write_parquet(tmp_path / "rows.parquet", rows)
+        return start_until("tokenizing", f"--source={source}", *flags, before=f"""
+import os, tiktoken, time
+encode = tiktoken.Encoding.encode_ordinary
+def wait_and_encode(self, text):
+    while text == "lastword" and not os.path.exists({str(tmp_path / "go")!r}):
+        time.sleep(0.002)
+    return encode(self, text)
+tiktoken.Encoding.encode_ordinary = wait_and_encode
+""" + before), rows
+    return run
+
+
+def test_nohup(start_and_wait, tmp_path):
+    process, rows = start_and_wait(
+        before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
     process.send_signal(signal.SIGHUP)
+    (tmp_path / "go").touch()
     ended = finish(process)
     assert ended.returncode == 0, ended.stderr
-    assert bins(tmp_path / "out") == oracle(corpus[1])
+    assert bins(tmp_path / "out") == oracle(rows)
 
 
 @pytest.mark.parametrize("moment", ["before", "after_in_parent"])
@@ -531,21 +550,11 @@ def test_killed_child_process(start_until, tmp_path, index, message):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-SLOW_LAST_WORD = """
-import tiktoken, time
-encode = tiktoken.Encoding.encode_ordinary
-def slow_encode(self, text):
-    time.sleep(5 * (text == "lastword"))
-    return encode(self, text)
-tiktoken.Encoding.encode_ordinary = slow_encode
-"""
-
-
 @pytest.mark.parametrize("number, whole_group", [
     (signal.SIGKILL, False), (signal.SIGINT, True), (signal.SIGTERM, True)])
-def test_signal_to_a_worker_process_with_a_lock(start_until, tmp_path, number, whole_group):
+def test_signal_to_a_worker_process_with_a_lock(start_and_wait, tmp_path, number, whole_group):
     """An idle worker process waits for work and holds the lock of the pool's queue."""
-    process = start_until("tokenizing", before=SLOW_LAST_WORD)
+    process, _ = start_and_wait()
     work = tmp_path / "out" / ".prepare" / "work"
     wait_for((work / "tokens_00000_of_00002.arrow").exists, process)
     idle = []
@@ -580,14 +589,13 @@ def test_killed_and_run_again(start_until, prepare, tmp_path, kill, stage, metho
     assert bins(out) == oracle(SENTENCES) and not (out / ".prepare").exists()
 
 
-def test_two_runs_at_once(start_until, refused, corpus, tmp_path):
-    process = start_until("tokenizing")
-    process.send_signal(signal.SIGSTOP)  # so that it does not end first
-    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}")
-    process.send_signal(signal.SIGCONT)
+def test_two_runs_at_once(start_and_wait, refused, tmp_path):
+    process, rows = start_and_wait()
+    line = refused(f"--source={SAMPLE}", f"--out_dir={tmp_path / 'out'}", "--seed=1")
+    (tmp_path / "go").touch()
     assert f"another run is writing to {tmp_path / 'out'}" in line
     assert finish(process).returncode == 0
-    assert bins(tmp_path / "out") == oracle(corpus[1])
+    assert bins(tmp_path / "out") == oracle(rows)
 
 
 def run_with_pool(folder, code):

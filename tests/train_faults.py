@@ -40,8 +40,9 @@ def fork_workers(before=None):
     each of them."""
     def start(args, env, **options):
         python, unbuffered, *arguments = args
-        return ForkedProcess(arguments, functools.partial(init_worker, env, before),
-                             "/proc/self/fd/1", "/proc/self/fd/2", multiprocessing.get_context("fork"))
+        run_first = functools.partial(init_worker, env, before)
+        return ForkedProcess(arguments, run_first, "/proc/self/fd/1", "/proc/self/fd/2",
+                             multiprocessing.get_context("fork"))
 
     subprocess_handler.Popen = start
 
