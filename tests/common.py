@@ -39,7 +39,7 @@ TWO_NODES = "--nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=1
 # flags of train.py for a model that trains in a second
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=1",
         "--learning_rate=1e-2", "--gradient_accumulation_steps=2", "--warmup_iters=2",
-        "--lr_decay_iters=30", "--min_lr=1e-3", "--eval_iters=3", "--device=cpu"]
+        "--lr_decay_iters=30", "--min_lr=1e-3", "--eval_iters=1", "--device=cpu"]
 
 # the oracle ------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ import io
 import os
 import tempfile
 
+gc.disable()  # while modules are loaded
+
 # an environment for the tests of prepare.py alone has no PyTorch
 for name in ("datasets", "torch._dynamo", "torch.distributed.nn", "train_faults",
              "torch.nn.modules.linear_cross_entropy", "matplotlib.backends.backend_agg"):
@@ -32,5 +34,6 @@ with contextlib.suppress(ImportError):
     matplotlib.rcParams["savefig.dpi"] = 10  # a picture takes 0.06 s, not 0.12 s
     Figure().subplots().figure.savefig(io.BytesIO())  # loads the fonts
 
+gc.enable()
 gc.collect()
 gc.freeze()  # a garbage collection in a run does not go through all this

@@ -444,7 +444,7 @@ def test_out_dir_through_a_symbolic_link(prepare, refused, tmp_path):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A Parquet file that takes prepare.py a few seconds, and its rows."""
-    rows = adversarial_rows(4000, seed=1) * 60 + ["lastword"]
+    rows = adversarial_rows(4000, seed=1) * 30 + ["lastword"]
     return write_parquet(tmp_path_factory.mktemp("corpus") / "rows.parquet", rows), rows
 
 

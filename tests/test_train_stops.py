@@ -12,7 +12,7 @@ from common import (TINY, TORCHRUN, TRAIN, discard, finish, free_port, group_has
                     start_script, wait_for)
 
 # evaluations at 0, 2, 4 and 6, checkpoints at 2, 4 and 6
-FLAGS = [*TINY, "--dropout=0.1", "--eval_interval=2", "--max_iters=5"]
+FLAGS = [*TINY, "--dropout=0.1", "--eval_interval=2", "--eval_iters=3", "--max_iters=5"]
 # for wait_at_call
 MOMENTS = {
     "before the first iteration": ("torch.nn.Module.eval", 1),
