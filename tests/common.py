@@ -158,9 +158,10 @@ def compile_script(path):
     return compile(pathlib.Path(path).read_bytes(), path, "exec")
 
 
-def run_as_main(arguments, before, stdout, stderr):
+def run_as_main(arguments, before, environment, stdout, stderr):
     """In a forked process: run the script arguments[0], which appends its output to two files."""
     os.setsid()
+    os.environ.update(environment)
     for number, path in (1, stdout), (2, stderr):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout = open(1, "w", closefd=False)  # as a new interpreter has it
@@ -178,9 +179,9 @@ class ForkedProcess:
     """A process forked from FORKSERVER, or with the start method `context`, with what the tests use
     of subprocess.Popen."""
 
-    def __init__(self, args, before, stdout, stderr, context=FORKSERVER):
+    def __init__(self, args, *options, context=FORKSERVER):
         self.args = args
-        self.process = context.Process(target=run_as_main, args=(args, before, stdout, stderr))
+        self.process = context.Process(target=run_as_main, args=(args, *options))
         self.process.start()
         self.pid = self.process.pid
 
@@ -208,8 +209,8 @@ class ForkedProcess:
 def start_script(script, *flags, before=None, **environment):
     """Start `script` in a process group of its own. Returns a Popen or a ForkedProcess.
 
-    With environment variables, it runs in a new interpreter, since libraries read them on import.
-    Otherwise it is forked from FORKSERVER. `before` runs first in the process: Python code, or a
+    It is forked from FORKSERVER, or a new interpreter if it needs environment variables that Python
+    or a library reads on import. `before` runs first in the process: Python code, or a
     function that can be pickled. The output goes to files, which are in `process.folder` until
     finish() or discard() is called."""
     folder = tempfile.TemporaryDirectory()
@@ -217,7 +218,7 @@ def start_script(script, *flags, before=None, **environment):
     for file in files:
         file.touch()
     arguments = [str(script), *map(str, flags)]
-    if environment:
+    if any(name.startswith(("PYTHON", "HF_")) for name in environment):
         if callable(before):
             before = (f"import pickle, sys; sys.path.append({str(ROOT / 'tests')!r})\n"
                       f"pickle.loads({pickle.dumps(before)!r})()")
@@ -228,7 +229,7 @@ def start_script(script, *flags, before=None, **environment):
                                        env=os.environ | environment, stdout=stdout, stderr=stderr)
     else:
         start_fork_server()
-        process = ForkedProcess(arguments, before, *files)
+        process = ForkedProcess(arguments, before, environment, *files)
     process.folder = folder
     return process
 

