@@ -145,7 +145,7 @@ if len(tempfile.gettempdir()) > 70:  # the path of its socket has at most 107 by
 
 def start_fork_server():
     """Start the process from which runs are forked, if it does not run. It imports preload.py.
-    With huge pages, processes are forked in half the time."""
+    With huge pages, a fork takes a third less time."""
     FORKSERVER.set_forkserver_preload(["preload"])
     with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests"),
                          GLIBC_TUNABLES="glibc.malloc.hugetlb=1"):
@@ -209,10 +209,10 @@ class ForkedProcess:
 def start_script(script, *flags, before=None, **environment):
     """Start `script` in a process group of its own. Returns a Popen or a ForkedProcess.
 
-    It is forked from FORKSERVER, or a new interpreter if it needs environment variables that Python
-    or a library reads on import. `before` runs first in the process: Python code, or a
-    function that can be pickled. The output goes to files, which are in `process.folder` until
-    finish() or discard() is called."""
+    It is forked from FORKSERVER. Only with environment variables that Python or the libraries of
+    the Hub read when they start, it runs in a new interpreter. `before` runs first in the process:
+    Python code, or a function that can be pickled. The output goes to files, which are in
+    `process.folder` until finish() or discard() is called."""
     folder = tempfile.TemporaryDirectory()
     files = [pathlib.Path(folder.name, name) for name in ("stdout", "stderr")]
     for file in files:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import train_faults as faults
 from common import (ONE_NODE, ROOT, SAMPLE, TINY, TORCHRUN, TRAIN, TWO_NODES, finish, free_port,
-                    gpt2, run_script, wait_for, wait_for_line)
+                    gpt2, limit_file_size, run_script, wait_for, wait_for_line)
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
@@ -1142,7 +1142,7 @@ def test_full_disk_while_saving(train, tmp_path):
     assert train("--max_iters=3").returncode == 0
     saved = (tmp_path / "out" / "ckpt.pt").read_bytes()
     ended = train("--init_from=resume", "--max_iters=6", "--eval_interval=3",
-                  before=faults.little_disk)
+                  before=limit_file_size(100_000))
     assert ended.returncode == 1 and ended.stderr.startswith("train.py: "), ended.stderr
     assert "ckpt.pt: not written" in ended.stderr and ended.stderr.count("\n") == 1
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == saved

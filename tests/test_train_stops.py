@@ -69,7 +69,8 @@ def assert_resumed(processes, flags, out, expected):
     *(("tee", moment, 1) for moment in MOMENTS), ("tee", "save", 2), ("head", "evaluation", 2),
     ("head", "before the first iteration", 1), ("head", "evaluation", 1)])
 def test_output_that_nobody_reads(start, whole, dataset, tmp_path, reader, moment, processes):
-    """Ctrl-C with `| tee`, which it ends, too, and `| head`, which ends after some lines."""
+    """Ctrl-C with `| tee`, which it ends, too, and `| head`, which ends after some lines. Two
+    processes are those of torchrun."""
     pipe, out, flags = tmp_path / "pipe", tmp_path / "out", [f"--dataset={dataset}", *FLAGS]
     os.mkfifo(pipe)
     reading_end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

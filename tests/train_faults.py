@@ -105,12 +105,6 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 
 
-def little_disk():
-    """Files cannot be larger than 100 kB."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
 def full_disk_under_log():
     """log.jsonl takes three writes. Then the disk is full."""
     original = builtins.open
