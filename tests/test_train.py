@@ -506,8 +506,11 @@ def finished_run(dataset, tmp_path_factory):
     return ended, folder
 
 
-def test_log_lines(finished_run):
+def test_log_lines(finished_run, dataset):
     ended, folder = finished_run
+    epochs = 20 * 32 / ((dataset / "train.bin").stat().st_size // 2)
+    assert ended.stdout.startswith(
+        f"0.81M parameters on cpu, float32, 32 tokens per iteration, {epochs:.1f} epochs\n")
     logged = losses(ended.stdout)
     assert list(logged) == list(range(0, 21, 2)) and logged[20] < logged[0] - 0.5
     assert list(steps(ended.stdout)) == [0, 10, 20, 21]
