@@ -105,7 +105,7 @@ def test_windows_predict_each_token_once():
 
 @pytest.mark.parametrize("rows_per_document", [1, 25])
 def test_bits_per_byte(rows_per_document):
-    rows = SENTENCES[:60] + ["\u4e2d\u6587"]  # more bytes than characters
+    rows = SENTENCES[:30] + ["\u4e2d\u6587"]  # more bytes than characters
     n_bytes = sum(len(row.encode()) for row in rows)
     assert order.text_bytes(rows) == n_bytes
     joined = [" ".join(rows[i:i + rows_per_document])
