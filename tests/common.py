@@ -1,4 +1,5 @@
 """Paths, the oracle for prepare.py's bytes, and functions that run the scripts."""
+import atexit
 import contextlib
 import functools
 import importlib.metadata
@@ -9,7 +10,6 @@ import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import pathlib
-import pickle
 import random
 import shutil
 import signal
@@ -137,24 +137,24 @@ def copy_vocabulary(folder):
 TIMEOUT = 300  # seconds; only a fault reaches it
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-if len(tempfile.gettempdir()) > 70:  # the path of its socket has at most 107 bytes
+if len(tempfile.gettempdir()) > 70:
+    # get_temp_dir() creates the folder of the fork server's socket; its path has at most 107 bytes
     long_folder, tempfile.tempdir = tempfile.gettempdir(), "/tmp"
     multiprocessing.util.get_temp_dir()
     tempfile.tempdir = long_folder
 
 
 def start_fork_server():
-    """Start the process from which runs are forked, if it does not run. It imports preload.py.
-    With huge pages, a fork takes a third less time."""
+    """Start the process from which runs are forked, if it does not run. It imports preload.py."""
     FORKSERVER.set_forkserver_preload(["preload"])
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests"),
-                         GLIBC_TUNABLES="glibc.malloc.hugetlb=1"):
+    huge_pages = "glibc.malloc.hugetlb=1"  # a fork takes a third less time
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests"), GLIBC_TUNABLES=huge_pages):
         multiprocessing.forkserver.ensure_running()
 
 
 @functools.cache
 def compile_script(path):
-    """The code of a script. The fork server has that of train.py and prepare.py."""
+    """The code of a script. The fork server has already compiled train.py and prepare.py."""
     return compile(pathlib.Path(path).read_bytes(), path, "exec")
 
 
@@ -172,7 +172,10 @@ def run_as_main(arguments, before, environment, stdout, stderr):
         exec(before or "", {})
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = sys.argv[0]
-    exec(compile_script(sys.argv[0]), vars(main))
+    try:
+        exec(compile_script(sys.argv[0]), vars(main))
+    finally:
+        atexit._run_exitfuncs()  # which a forked process of multiprocessing does not call
 
 
 class ForkedProcess:
@@ -209,19 +212,17 @@ class ForkedProcess:
 def start_script(script, *flags, before=None, **environment):
     """Start `script` in a process group of its own. Returns a Popen or a ForkedProcess.
 
-    It is forked from FORKSERVER. Only with environment variables that Python or the libraries of
-    the Hub read when they start, it runs in a new interpreter. `before` runs first in the process:
-    Python code, or a function that can be pickled. The output goes to files, which are in
-    `process.folder` until finish() or discard() is called."""
+    It is forked from FORKSERVER and has its environment variables and those given here. Variables
+    that begin with PYTHON or HF_ are read on start, so with these it is a new interpreter. `before`
+    runs first in the process: Python code, or (not in a new interpreter) a function that can be
+    pickled. The output goes to files, which are in `process.folder` until finish() or discard() is
+    called."""
     folder = tempfile.TemporaryDirectory()
     files = [pathlib.Path(folder.name, name) for name in ("stdout", "stderr")]
     for file in files:
         file.touch()
     arguments = [str(script), *map(str, flags)]
     if any(name.startswith(("PYTHON", "HF_")) for name in environment):
-        if callable(before):
-            before = (f"import pickle, sys; sys.path.append({str(ROOT / 'tests')!r})\n"
-                      f"pickle.loads({pickle.dumps(before)!r})()")
         code = ["-c", f"{before}\nimport runpy, sys; del sys.argv[0];"
                 " runpy.run_path(sys.argv[0], None, '__main__')"] if before else []
         with open(files[0], "w") as stdout, open(files[1], "w") as stderr:
@@ -252,6 +253,7 @@ def discard(process):
     """Kill the process group of a process of start_script, and delete its output."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # it may not have started its group yet
     process.wait()
     process.folder.cleanup()
 

@@ -221,7 +221,8 @@ def fork_programs(monkeypatch):
         if arguments[0] == "-m":
             (folder / "torchrun.py").write_text(f"import {arguments[1]} as run; run.main()")
             arguments = ["torchrun.py", *arguments[2:]]
-        ended = run_script(*arguments, timeout=seconds, before=fork_workers)
+        ended = run_script(*arguments, timeout=seconds,
+                           before=functools.partial(fork_workers, folder))
         return ended.returncode, ended.stdout, ended.stderr
 
     monkeypatch.setattr(bench_train, "run_program", run_forked)

@@ -33,17 +33,19 @@ MODEL_ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, voc
 
 @pytest.fixture
 def start_train(start, dataset, tmp_path):
-    """start_train(*flags) starts the same run as `train` and returns its Popen."""
+    """start_train(*flags) starts the same run as `train` and returns the process."""
     return lambda *flags, **options: start(
         TRAIN, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *TINY, *flags, **options)
 
 
 @pytest.fixture
 def start_job(start, dataset, tmp_path):
-    """start_job(*flags) starts it with two processes of torchrun, into tmp_path/two."""
-    return lambda *flags, torchrun=ONE_NODE.replace("=8", "=2"), before=faults.fork_workers: start(
-        TORCHRUN, *torchrun.split(), TRAIN, f"--dataset={dataset}",
-        f"--out_dir={tmp_path / 'two'}", *TINY, *flags, before=before)
+    """start_job(*flags) starts the run with two processes of torchrun, into tmp_path/two."""
+    def run(*flags, torchrun=ONE_NODE.replace("=8", "=2"),
+            before=partial(faults.fork_workers, tmp_path)):
+        return start(TORCHRUN, *torchrun.split(), TRAIN, f"--dataset={dataset}",
+                     f"--out_dir={tmp_path / 'two'}", *TINY, *flags, before=before)
+    return run
 
 
 def checkpoint_in(folder, name="ckpt.pt"):
@@ -345,7 +347,7 @@ def test_one_static_graph_per_shape(train, dataset, tmp_path):
     is part of it: before 2.13, PyTorch's cache could replace a graph by one of another data type
     (https://github.com/pytorch/pytorch/pull/181564)."""
     data = shutil.copytree(dataset, tmp_path / "data")
-    os.truncate(data / "val.bin", 2 * (16 * (4 + 2) + 1))  # an evaluation is two batches
+    os.truncate(data / "val.bin", 2 * (16 * (4 + 2) + 1))  # batches of 4 and 2 sequences
     flags = (f"--dataset={data}", "--eval_iters=0", "--dtype=bfloat16", "--max_iters=6",
              "--eval_interval=3", "--n_layer=1", "--batch_size=4")
     record_graphs = partial(faults.record_graphs, tmp_path / "graphs")
@@ -354,7 +356,7 @@ def test_one_static_graph_per_shape(train, dataset, tmp_path):
     graphs = (tmp_path / "graphs").read_text().splitlines()
     expected = [f"{shape} True [torch.bfloat16]"
                 for shape in ("(2, 16) False", "(4, 16) False", "(4, 16) True")]
-    assert sorted(graphs) == expected, "each graph is compiled once"
+    assert sorted(graphs) == expected, "each graph is traced once"
     assert losses(ended.stdout) == pytest.approx(losses(train(*flags).stdout), abs=2e-3)
     ended = train("--sample=True", "--n_layer=1", "--num_samples=2", "--max_new_tokens=5",
                   "--compile=True", before=record_graphs)
@@ -362,7 +364,7 @@ def test_one_static_graph_per_shape(train, dataset, tmp_path):
     assert len((tmp_path / "graphs").read_text().splitlines()) == len(expected)
 
 
-def test_model_that_cannot_be_compiled(refused, train):
+def test_model_that_cannot_be_compiled(train):
     """For example without a C++ compiler."""
     ended = train("--compile=True", before=faults.no_compiler)
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
@@ -506,11 +508,8 @@ def finished_run(dataset, tmp_path_factory):
     return ended, folder
 
 
-def test_log_lines(finished_run, dataset):
+def test_log_lines(finished_run):
     ended, folder = finished_run
-    epochs = 20 * 32 / ((dataset / "train.bin").stat().st_size // 2)
-    assert ended.stdout.startswith(
-        f"0.81M parameters on cpu, float32, 32 tokens per iteration, {epochs:.1f} epochs\n")
     logged = losses(ended.stdout)
     assert list(logged) == list(range(0, 21, 2)) and logged[20] < logged[0] - 0.5
     assert list(steps(ended.stdout)) == [0, 10, 20, 21]
@@ -778,8 +777,8 @@ def test_killed_while_saving(train, tmp_path):
 
 
 def test_two_nodes_equal_one_process(start_job, train, tmp_path):
-    """Two launchers on this machine, with one process each. One process is a new interpreter, whose
-    exit a thread can disturb."""
+    """Two launchers on this machine, with one process each. The first process is a new interpreter,
+    as a thread can disturb the end of an interpreter, which forked processes skip."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, glob, os\n"
         "def names():\n"
@@ -791,7 +790,7 @@ def test_two_nodes_equal_one_process(start_job, train, tmp_path):
     torchrun = TWO_NODES.replace("=4", "=1").replace("10.0.0.1:29500", f"127.0.0.1:{free_port()}")
     python_path = f"import os; os.environ['PYTHONPATH'] = {str(tmp_path)!r}"
     nodes = [start_job(*flags, torchrun=torchrun, before=before)
-             for before in (python_path, faults.fork_workers)]
+             for before in (python_path, partial(faults.fork_workers, tmp_path))]
     one, ended = train(*flags).stdout, [finish(node) for node in nodes]
     assert [node.returncode for node in ended] == [0, 0], ended
     # a gloo thread that still runs when Python exits can end it with SIGABRT
@@ -816,14 +815,13 @@ def test_stopped_job(start_job, tmp_path):
 
 
 def test_killed_process_of_a_job(train, start_job, tmp_path):
-    """The others end. The job was resumed from a checkpoint of a single process."""
+    """The other one ends. The job was resumed from a checkpoint of a single process."""
     assert train("--max_iters=3").returncode == 0
     shutil.move(tmp_path / "out", tmp_path / "two")
-    job = start_job("--log_interval=10", "--init_from=resume",
-                    before=partial(faults.fork_workers, partial(faults.write_pid, tmp_path)))
+    job = start_job("--log_interval=10", "--init_from=resume")
     assert wait_for_line(job, "iter ").startswith("iter 4:")
-    workers = [int((tmp_path / rank).read_text()) for rank in "01"]
-    os.kill(workers[1], signal.SIGKILL)
+    workers = (tmp_path / "workers").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
     ended = finish(job)
     assert ended.returncode == 1, ended.stderr
     assert "train.py: the processes of the job cannot communicate" in ended.stderr

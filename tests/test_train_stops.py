@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 import train_faults as faults
-from common import (TINY, TORCHRUN, TRAIN, discard, finish, free_port, group_has_ended, output_of,
-                    start_script, wait_for)
+from common import (TINY, TORCHRUN, TRAIN, discard, finish, free_port, output_of, start_script,
+                    wait_for)
 
 # evaluations at 0, 2, 4 and 6, checkpoints at 2, 4 and 6
 FLAGS = [*TINY, "--dropout=0.1", "--eval_interval=2", "--eval_iters=3", "--max_iters=5"]
@@ -69,15 +69,15 @@ def assert_resumed(processes, flags, out, expected):
     *(("tee", moment, 1) for moment in MOMENTS), ("tee", "save", 2), ("head", "evaluation", 2),
     ("head", "before the first iteration", 1), ("head", "evaluation", 1)])
 def test_output_that_nobody_reads(start, whole, dataset, tmp_path, reader, moment, processes):
-    """Ctrl-C with `| tee`, which it ends, too, and `| head`, which ends after some lines. Two
-    processes are those of torchrun."""
+    """Ctrl-C ends train.py and `| tee`. `| head` ends after some lines. Two processes are those of
+    torchrun."""
     pipe, out, flags = tmp_path / "pipe", tmp_path / "out", [f"--dataset={dataset}", *FLAGS]
     os.mkfifo(pipe)
     reading_end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     command, wait = [TRAIN], partial(faults.wait_at_call, *MOMENTS[moment], tmp_path)
     if processes > 1:
         command = [TORCHRUN, "--standalone", f"--nproc_per_node={processes}", TRAIN]
-        wait = partial(faults.fork_workers, wait)
+        wait = partial(faults.fork_workers, tmp_path, wait)
     process = start(*command, *flags, f"--out_dir={out}",
                     before=partial(faults.pipe_output, pipe, wait))
     assert wait_for((tmp_path / "reached").exists, process), output_of(process, "stderr")
@@ -91,7 +91,8 @@ def test_output_that_nobody_reads(start, whole, dataset, tmp_path, reader, momen
         assert errors == ""
     else:  # torchrun reports the signal or the status of the processes
         assert status != 0 and f'{TRAIN}", line' not in errors, errors
-        assert group_has_ended(process.pid)
+        workers = (tmp_path / "workers").read_text().split()
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
     assert (out / "ckpt.pt").exists() == (moment != "before the first iteration")
     assert_resumed(processes, flags, out, whole(processes))
 

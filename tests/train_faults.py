@@ -29,20 +29,18 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 # the environment ---------------------------------------------------------------
 
 
-def fork_workers(before=None):
-    """torchrun forks its worker processes, which saves 5 s per process. `before` runs first in
-    each of them."""
+def fork_workers(folder, before=None):
+    """torchrun forks its worker processes, which saves 5 s per process. Their ids are in the file
+    `workers` in `folder`. `before` runs first in each of them."""
     def start(args, env, **options):
-        python, unbuffered, *arguments = args
-        return ForkedProcess(arguments, before, env, "/proc/self/fd/1", "/proc/self/fd/2",
-                             context=multiprocessing.get_context("fork"))
+        output = "/proc/self/fd/1", "/proc/self/fd/2"  # those of torchrun
+        process = ForkedProcess(args[2:], before, env, *output,  # args begins with `python -u`
+                                context=multiprocessing.get_context("fork"))
+        with open(pathlib.Path(folder, "workers"), "a") as file:
+            print(process.pid, file=file)
+        return process
 
     subprocess_handler.Popen = start
-
-
-def write_pid(folder):
-    """Write the id of this process of a job to a file whose name is its rank."""
-    pathlib.Path(folder, os.environ["RANK"]).write_text(str(os.getpid()))
 
 
 def closed_output():
@@ -301,8 +299,8 @@ def exit_with_backend():
 
 
 def wait_at_call(name, number, folder):
-    """In process 0, call `number` of the function `name`, for example os.fsync, creates the file
-    `reached` in `folder` and waits for the file `go`."""
+    """In process 0, the call with this `number` of the function `name`, for example os.fsync,
+    creates the file `reached` in `folder` and waits for the file `go`."""
     owner, _, attribute = name.rpartition(".")
     owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
     function = getattr(owner, attribute)
@@ -318,7 +316,7 @@ def wait_at_call(name, number, folder):
 
 
 def pipe_output(path, then):
-    """Write to the named pipe `path`. Call then()."""
+    """Write to the named pipe `path`. `then`, another fault, follows."""
     os.dup2(os.open(path, os.O_WRONLY), 1)
     sys.stdout = open(1, "w", closefd=False)
     then()
