@@ -806,7 +806,7 @@ def train(config, given):
     micro_steps = range(RANK, config.gradient_accumulation_steps, WORLD_SIZE)  # of this process
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * config.block_size
     n_tokens = os.fstat(files["train"].fileno()).st_size // 2
-    epochs = config.max_iters * tokens_per_iter / n_tokens
+    epochs = (config.max_iters + 1) * tokens_per_iter / n_tokens  # iteration 0, too
     report(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device},"
            f" {config.dtype}, {tokens_per_iter:,} tokens per iteration, {epochs:,.1f} epochs")
     log_file = open_log(config, iter_num)
