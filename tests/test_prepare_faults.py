@@ -303,12 +303,8 @@ def test_long_temporary_folder(prepare, tmp_path):
 
 
 def test_optimized_python_and_home_folder(prepare, tmp_path):
-    """As with `python -OO`, prepare.py has no assertions and no docstrings."""
-    ended = prepare(f"--source={SAMPLE}", "--out_dir=~/books", HOME=str(tmp_path), before=(
-        "import common\n"
-        "def compile_optimized(path):\n"
-        "    return compile(open(path, 'rb').read(), path, 'exec', optimize=2)\n"
-        "common.compile_script = compile_optimized"))
+    ended = prepare(f"--source={SAMPLE}", "--out_dir=~/books", PYTHONOPTIMIZE="2",
+                    HOME=str(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path / "books") == oracle(SENTENCES)
 
@@ -404,8 +400,8 @@ def test_out_dir_on_another_file_system(prepare, tmp_path):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         assert os.stat(other).st_dev != tmp_path.stat().st_dev
         for out, rest in (tmp_path, other), (pathlib.Path(other), str(tmp_path)):
-            ended = prepare(f"--source={SAMPLE}", f"--out_dir={out / 'out'}",
-                            before=temporary_folder(rest))
+            ended = prepare(f"--source={SAMPLE}", f"--out_dir={out / 'out'}", TMPDIR=rest,
+                            HF_HOME=f"{rest}/hf")
             assert ended.returncode == 0, ended.stderr
             assert bins(out / "out") == oracle(SENTENCES)
 
