@@ -6,8 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before a test imports torch; the tests ru
 
 import pytest  # noqa: E402
 from common import (  # noqa: E402
-    PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script, start_fork_server,
-    start_script)
+    PREPARE, SENTENCES, TINY, TRAIN, discard, row_bytes, run_script, start_script)
 from hub import HUB  # noqa: E402
 
 
@@ -18,15 +17,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    """Set the environment of all runs. The fork server starts now, so that it has time to import
-    preload.py."""
+    """Set the environment of all runs."""
     for name in list(os.environ):
         if name.startswith(("HF_", "TIKTOKEN_")):
             del os.environ[name]
     folder = tmp_path_factory.mktemp("caches")
     os.environ |= {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": HUB.url, "HF_HUB_OFFLINE": "1",
                    "MPLCONFIGDIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    start_fork_server()
 
 
 @pytest.fixture

@@ -215,7 +215,7 @@ def test_benchmark_of_train_without_a_gpu(run_tool):
 
 @pytest.fixture
 def fork_programs(monkeypatch):
-    """run_program() of bench_train.py forks the programs from the fork server."""
+    """run_program() of bench_train.py forks the programs from a fork server."""
     def run_forked(arguments, folder, seconds):
         monkeypatch.chdir(folder)
         if arguments[0] == "-m":

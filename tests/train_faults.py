@@ -8,7 +8,6 @@ import importlib.util
 import itertools
 import json
 import mmap
-import multiprocessing
 import multiprocessing.util
 import os
 import pathlib
@@ -34,8 +33,8 @@ def fork_workers(folder, before=None):
     `workers` in `folder`. `before` runs first in each of them."""
     def start(args, env, **options):
         output = "/proc/self/fd/1", "/proc/self/fd/2"  # those of torchrun
-        process = ForkedProcess(args[2:], before, env, *output,  # args begins with `python -u`
-                                context=multiprocessing.get_context("fork"))
+        arguments = args[2:]  # without `python -u`
+        process = ForkedProcess("fork", arguments, before, env, *output)
         with open(pathlib.Path(folder, "workers"), "a") as file:
             print(process.pid, file=file)
         return process
