@@ -37,7 +37,7 @@ SENTENCES = SAMPLE.read_text(encoding="utf-8").splitlines()
 ONE_NODE = "--standalone --nproc_per_node=8"
 TWO_NODES = "--nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:29500"
 # flags of train.py for a model that trains in a second
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=1",
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=8", "--block_size=16", "--batch_size=1",
         "--learning_rate=1e-2", "--gradient_accumulation_steps=2", "--warmup_iters=2",
         "--lr_decay_iters=30", "--min_lr=1e-3", "--eval_iters=1", "--device=cpu"]
 

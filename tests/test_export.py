@@ -76,7 +76,7 @@ def test_exported_names_are_those_on_the_hub(tmp_path):
     assert export(tmp_path).returncode == 0
     config = json.loads((tmp_path / "gpt" / "config.json").read_text())
     expected = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=50257,
-                    n_ctx=16, n_positions=16, n_embd=16, n_head=2, n_layer=2,
+                    n_ctx=16, n_positions=16, n_embd=8, n_head=2, n_layer=2,
                     layer_norm_epsilon=1e-5, bos_token_id=50256, eos_token_id=50256)
     assert expected.items() <= config.items()
     names = {"wte.weight", "wpe.weight"} | {

@@ -27,7 +27,7 @@ from train import (  # noqa: E402
     GPT, Config, GPTConfig, UserError, estimate_loss, eval_starts, get_lr, init_device,
     load_checkpoint, open_data, parse_flags, random_starts, read_log)
 
-MODEL_ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=50304,
+MODEL_ARGS = dict(n_layer=2, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=50304,
                   dropout=0.0)
 
 

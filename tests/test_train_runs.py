@@ -111,7 +111,7 @@ def test_epochs_and_time_left_of_a_run_without_an_end(train, dataset):
     assert (ended.returncode, ended.stderr) == (130, "")
     epochs = 32 * (10**18 + 1) / ((dataset / "train.bin").stat().st_size // 2)
     assert ended.stdout.startswith(
-        f"0.81M parameters on cpu, float32, 32 tokens per iteration, {epochs:,.1f} epochs\n")
+        f"0.40M parameters on cpu, float32, 32 tokens per iteration, {epochs:,.1f} epochs\n")
     ms, hours = re.search(r"^iter 1: .*, time ([\d.]+)ms, .*, (\d+):\d\d:\d\d left",
                           ended.stdout, re.MULTILINE).groups()
     assert int(hours) == pytest.approx(float(ms) / 1000 * 1e18 / 3600, rel=1e-3)
