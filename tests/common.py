@@ -172,7 +172,11 @@ def run_as_main(arguments, before, environment, stdout, stderr):
     os.environ.update(environment)
     for number, path in (1, stdout), (2, stderr):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout = open(1, "w", closefd=False)  # as a new interpreter has it
+    # as a new interpreter has them; torchrun, which forks its workers, has its own handlers
+    sys.stdout = open(1, "w", closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
     sys.argv[:] = arguments
     if callable(before):
         before()
