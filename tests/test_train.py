@@ -348,8 +348,8 @@ def test_one_static_graph_per_shape(train, dataset, tmp_path):
     (https://github.com/pytorch/pytorch/pull/181564)."""
     data = shutil.copytree(dataset, tmp_path / "data")
     os.truncate(data / "val.bin", 2 * (16 * (4 + 2) + 1))  # batches of 4 and 2 sequences
-    flags = (f"--dataset={data}", "--eval_iters=0", "--dtype=bfloat16", "--max_iters=6",
-             "--eval_interval=3", "--n_layer=1", "--batch_size=4")
+    flags = (f"--dataset={data}", "--eval_iters=0", "--dtype=bfloat16", "--max_iters=3",
+             "--eval_interval=2", "--n_layer=1", "--batch_size=4")
     record_graphs = partial(faults.record_graphs, tmp_path / "graphs")
     ended = train(*flags, "--compile=True", before=record_graphs)
     assert ended.returncode == 0 and "compiling the model" in ended.stdout, ended.stderr
