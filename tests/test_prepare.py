@@ -841,6 +841,19 @@ def test_overlap_of_a_large_validation_split(prepare, tmp_path):
     assert overlap in ended.stdout, ended.stderr
 
 
+def test_recommended_config(prepare, monkeypatch, capsys, tmp_path):
+    """The last line names train_sample.py for the sample and train_gpt2.py for BookCorpus."""
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}")
+    expected = f"Train on it: python train.py {PREPARE.parent}/%s --dataset={tmp_path}\n"
+    assert ended.stdout.endswith(expected % "train_sample.py"), ended.stderr
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    stats["train"]["tokens"] = 8 * 10**8
+    monkeypatch.setattr(module, "run", lambda flags: stats)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"--out_dir={tmp_path}"])
+    module.main()
+    assert capsys.readouterr().out.endswith(expected % "train_gpt2.py")
+
+
 def test_statistics_in_the_readme(prepare, tmp_path):
     """Only a run with the default --source and --out_dir updates the readme."""
     folder = shutil.copytree(PREPARE.parent, tmp_path / "data" / "bookcorpus",

@@ -342,6 +342,7 @@ def test_copied_alone_into_nanogpt(prepare, tmp_path, tiktoken_cache):
     assert bins(script.parent) == oracle(SENTENCES)
     assert {path.name for path in script.parent.iterdir()} == {
         "prepare.py", "train.bin", "val.bin", "stats.json"}
+    assert f"Train on it: python train.py --dataset={script.parent}\n" in ended.stdout
 
 
 def test_no_vocabulary(prepare, tmp_path):

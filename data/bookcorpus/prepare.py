@@ -945,9 +945,12 @@ def main():
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
         sys.exit(f"prepare.py: {' '.join(str(error).split())[:1000]}")
-    path = str(flags.out_dir.resolve())
-    quoted = subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)
-    text = f"{summary(stats)}\n\nTrain on it: python train.py --dataset={quoted}"
+    # train_gpt2.py processes 3.2 billion tokens, four epochs of BookCorpus
+    config = HERE / ("train_gpt2.py" if stats["train"]["tokens"] > 10**8 else "train_sample.py")
+    words = [str(config)] if config.exists() else []  # prepare.py was copied alone
+    words.append(f"--dataset={flags.out_dir.resolve()}")
+    command = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    text = f"{summary(stats)}\n\nTrain on it: python train.py {command}"
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # --out_dir can have any characters
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
