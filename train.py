@@ -725,9 +725,12 @@ def open_log(config, iter_num):
     if RANK or config.eval_only:
         return open(os.devnull, "wb", buffering=0)
     os.makedirs(config.out_dir, exist_ok=True)
-    file = open(pathlib.Path(config.out_dir, "log.jsonl"), "ab", buffering=0)
-    record = json.dumps({"iter": iter_num, "config": vars(config)})
-    file.write(f"\n{record}\n".encode())  # the last line of an earlier run may be cut off
+    file = open(pathlib.Path(config.out_dir, "log.jsonl"), "a+b", buffering=0)
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":  # the last line of an earlier run was cut off
+            file.write(b"\n")
+    file.write(json.dumps({"iter": iter_num, "config": vars(config)}).encode() + b"\n")
     return file
 
 
@@ -752,7 +755,7 @@ def read_log(path):
     """The records in log.jsonl, without the iterations that a later run repeated."""
     records = []
     for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # empty, incomplete or damaged
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # incomplete or damaged
             record = json.loads(line)
             start = record["iter"]
             if "config" in record:

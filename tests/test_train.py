@@ -476,7 +476,7 @@ def test_infinite_loss_in_float16(train, tmp_path):
         assert ended.stderr == "", "the picture is drawn"
     assert scales == [32768.0, 32768.0]
     records = [json.loads(line, parse_constant=pytest.fail) for line in
-               (tmp_path / "out" / "log.jsonl").read_text().splitlines() if line]
+               (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [record["iter"] for record in records if record.get("loss", 0) is None] == [1]
     assert [record["iter"] for record in records if record.get("grad_norm", 0) is None] == [1]
     ended = train(*flags[:1], "--max_iters=100",
@@ -610,6 +610,8 @@ def test_resumed_bit_for_bit(train, tmp_path):
         tmp_path / name / "log.jsonl") for key in ("loss", "val/loss") if key in record}
         for name in ("whole", "out")]
     assert logs[0] == logs[1] and len(logs[0]) == 17 + 4
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert "" not in lines and lines.count('{"iter": 3, "lo') == 2
 
 
 def test_resumed_with_another_optimizer(train, refused, dataset, tmp_path):
