@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 from common import (PREPARE, SAMPLE, SENTENCES, adversarial_rows, bins, gpt2, oracle, row_bytes,
-                    rows_to_keep, write_jsonl, write_parquet)
+                    rows_to_keep, temporary_folder, write_jsonl, write_parquet)
 from hub import ONLINE, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -604,15 +604,19 @@ def test_documents_do_not_depend_on_batches(batches, rows_per_document, kind, li
     (2, "fork", 3, True), (7, "forkserver", 2, False), (1000, "fork", 2, True),
     (3999, "fork", 1, False)])
 def test_rows_per_document(prepare, tmp_path, rows_per_document, method, num_proc, shuffle):
-    """For spawn, see test_system_without_fork_and_most_signals."""
+    """With a long path of the temporary folder: that of a socket has at most 107 bytes. For spawn,
+    see test_system_without_fork_and_most_signals."""
+    folder = tmp_path / "/".join(["scratch-folder"] * 8)
+    folder.mkdir(parents=True)
     source = write_parquet(tmp_path / "rows.parquet", ADVERSARIAL, row_group_size=999)
     documents = join(ADVERSARIAL, [i // rows_per_document for i in range(len(ADVERSARIAL))])
     ended = prepare(f"--source={source}", f"--out_dir={tmp_path}", "--test_size=0.3",
                     f"--rows_per_document={rows_per_document}", f"--num_proc={num_proc}",
-                    f"--shuffle={shuffle}",
-                    before=f"import multiprocess; multiprocess.set_start_method({method!r})")
+                    f"--shuffle={shuffle}", before=temporary_folder(folder) + (
+                        f"import multiprocess; multiprocess.set_start_method({method!r})"))
     assert ended.returncode == 0, ended.stderr
     assert bins(tmp_path) == oracle(documents, test_size=0.3, shuffle=shuffle)
+    assert list(folder.iterdir()) == []
     n_val = -(-3 * len(documents) // 10)
     assert f"| documents | {len(documents) - n_val:,} | {n_val:,} |" in ended.stdout
     assert "| tokens per document, mean |" in ended.stdout and "row" not in ended.stdout[:300]

@@ -898,7 +898,7 @@ def test_config_file(refused, dataset, tmp_path):
     path.write_text("import time\nhelper = 'x' + str(time.time())\nmax_iters = 2 * 2\n"
                     "if helper:\n    min_lr = learning_rate / 10\nn_layer = 1\ndropout = 0\n"
                     "eval_iters = 1\nn_head = 2\nn_embd, block_size = 16, 16\nbatch_size = 1\n"
-                    "compile = False\ndevice = 'cpu'\n")
+                    "gradient_accumulation_steps = 2\ncompile = False\ndevice = 'cpu'\n")
     ended = run_script(TRAIN, path, "--n_layer=3", f"--dataset={dataset}", out)
     assert ended.returncode == 0, ended.stderr
     saved = checkpoint_in(tmp_path / "out")
