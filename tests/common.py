@@ -142,7 +142,7 @@ if len(tempfile.gettempdir()) > 70:
     multiprocessing.util.get_temp_dir()
     tempfile.tempdir = long_folder
 
-# What the runs use and a fork server imports; preload.py comes last. Training two layers takes
+# The modules that a fork server imports for its runs, preload.py last. Training two layers takes
 # 0.4 s instead of 5 s, preparing the sample 0.2 s instead of 1.8 s (0.3 s with PyTorch).
 PREPARE_MODULES = "datasets", "preload"
 TRAIN_MODULES = ("torch._dynamo", "torch.distributed.nn", "torch.nn.modules.linear_cross_entropy",
@@ -172,7 +172,7 @@ def run_as_main(arguments, before, environment, stdout, stderr):
     os.environ.update(environment)
     for number, path in (1, stdout), (2, stderr):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    # as a new interpreter has them; torchrun, which forks its workers, has its own handlers
+    # as in a new interpreter: the tests let torchrun fork its workers, which have its handlers
     sys.stdout = open(1, "w", closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM:

@@ -1,5 +1,5 @@
-"""A fork server imports this file after the modules that its runs use. These have the vocabulary,
-the compiled scripts and, with matplotlib, the fonts."""
+"""A fork server imports this file after the modules that its runs use. The runs then have the
+vocabulary, the compiled scripts and, if matplotlib is among the modules, the fonts."""
 import gc
 import io
 import os

@@ -945,7 +945,7 @@ def main():
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
         sys.exit(f"prepare.py: {' '.join(str(error).split())[:1000]}")
-    # train_gpt2.py processes 3.2 billion tokens, four epochs of BookCorpus
+    # train_gpt2.py is for BookCorpus: it trains on 3.2 billion tokens, four epochs
     config = HERE / ("train_gpt2.py" if stats["train"]["tokens"] > 10**8 else "train_sample.py")
     words = [str(config)] if config.exists() else []  # prepare.py was copied alone
     words.append(f"--dataset={flags.out_dir.resolve()}")
