@@ -725,11 +725,11 @@ def open_log(config, iter_num):
     if RANK or config.eval_only:
         return open(os.devnull, "wb", buffering=0)
     os.makedirs(config.out_dir, exist_ok=True)
-    file = open(pathlib.Path(config.out_dir, "log.jsonl"), "a+b", buffering=0)
-    if file.tell():
-        file.seek(-1, os.SEEK_END)
-        if file.read() != b"\n":  # the last line of an earlier run was cut off
-            file.write(b"\n")
+    path = pathlib.Path(config.out_dir, "log.jsonl")
+    file = open(path, "ab", buffering=0)
+    earlier = path.read_bytes()
+    if earlier and not earlier.endswith(b"\n"):  # its last line was cut off
+        file.write(b"\n")
     file.write(json.dumps({"iter": iter_num, "config": vars(config)}).encode() + b"\n")
     return file
 
@@ -755,7 +755,7 @@ def read_log(path):
     """The records in log.jsonl, without the iterations that a later run repeated."""
     records = []
     for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # incomplete or damaged
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # empty, incomplete or damaged
             record = json.loads(line)
             start = record["iter"]
             if "config" in record:

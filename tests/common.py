@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from unittest import mock
@@ -135,6 +136,7 @@ def copy_vocabulary(folder):
 
 
 TIMEOUT = 300  # seconds; only a fault reaches it
+START_LOCK = threading.Lock()  # programs in tests/tools start runs in several threads
 
 if len(tempfile.gettempdir()) > 70:
     # get_temp_dir() creates the folder of the fork server's socket; its path has at most 107 bytes
@@ -142,8 +144,9 @@ if len(tempfile.gettempdir()) > 70:
     multiprocessing.util.get_temp_dir()
     tempfile.tempdir = long_folder
 
-# The modules that a fork server imports for its runs, preload.py last. Training two layers takes
-# 0.4 s instead of 5 s, preparing the sample 0.2 s instead of 1.8 s (0.3 s with PyTorch).
+# The modules of two fork servers, as a process with PyTorch takes longer to fork: preparing the
+# sample takes 0.2 s, 0.3 s if it is forked from a process with PyTorch, and 1.8 s in a new
+# interpreter. Training two layers takes 0.4 s instead of 5 s. preload.py freezes what is loaded.
 PREPARE_MODULES = "datasets", "preload"
 TRAIN_MODULES = ("torch._dynamo", "torch.distributed.nn", "torch.nn.modules.linear_cross_entropy",
                  "matplotlib.backends.backend_agg", "train_faults", "preload")
@@ -151,7 +154,8 @@ TRAIN_MODULES = ("torch._dynamo", "torch.distributed.nn", "torch.nn.modules.line
 
 @functools.cache
 def fork_server(modules):
-    """Start a process that imports those `modules` that are installed. Returns a ForkServer."""
+    """Start a process that imports `modules`; an environment for the tests of prepare.py alone does
+    not have all of them. Returns a ForkServer."""
     server = multiprocessing.forkserver.ForkServer()
     server.set_forkserver_preload(list(modules))
     huge_pages = "glibc.malloc.hugetlb=1"  # a fork takes a third less time
@@ -168,15 +172,15 @@ def compile_script(path):
 
 def run_as_main(arguments, before, environment, stdout, stderr):
     """In a forked process: run the script arguments[0], which appends its output to two files."""
+    # a worker process that torchrun has forked would keep torchrun's handlers
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
     os.setsid()
     os.environ.update(environment)
     for number, path in (1, stdout), (2, stderr):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    # as in a new interpreter: the tests let torchrun fork its workers, which have its handlers
-    sys.stdout = open(1, "w", closefd=False)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_DFL)
+    sys.stdout = open(1, "w", closefd=False)  # as in a new interpreter
     sys.argv[:] = arguments
     if callable(before):
         before()
@@ -242,10 +246,10 @@ def start_script(script, *flags, before=None, **environment):
             process = subprocess.Popen([sys.executable, *code, *arguments], start_new_session=True,
                                        env=os.environ | environment, stdout=stdout, stderr=stderr)
     else:
-        is_prepare = pathlib.Path(script).name == PREPARE.name
+        is_prepare = any(PREPARE.name in word for word in arguments)
         server = fork_server(PREPARE_MODULES if is_prepare else TRAIN_MODULES)
-        with mock.patch("multiprocessing.forkserver.connect_to_new_process",
-                        server.connect_to_new_process):
+        with START_LOCK, mock.patch("multiprocessing.forkserver.connect_to_new_process",
+                                    server.connect_to_new_process):
             process = ForkedProcess("forkserver", arguments, before, environment, *files)
     process.folder = folder
     return process

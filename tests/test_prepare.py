@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import shlex
 import shutil
 import sys
 import tarfile
@@ -600,13 +601,13 @@ def test_documents_do_not_depend_on_batches(batches, rows_per_document, kind, li
     assert list(itertools.chain(*found)) == [row_bytes(document) for document in documents]
 
 
-@pytest.mark.parametrize("rows_per_document, method, num_proc, shuffle", [
-    (2, "fork", 3, True), (7, "forkserver", 2, False), (1000, "fork", 2, True),
-    (3999, "fork", 1, False)])
-def test_rows_per_document(prepare, tmp_path, rows_per_document, method, num_proc, shuffle):
-    """With a long path of the temporary folder: that of a socket has at most 107 bytes. For spawn,
-    see test_system_without_fork_and_most_signals."""
-    folder = tmp_path / "/".join(["scratch-folder"] * 8)
+@pytest.mark.parametrize("rows_per_document, method, num_proc, shuffle, depth", [
+    (2, "fork", 3, True, 1), (7, "forkserver", 2, False, 8), (1000, "fork", 2, True, 8),
+    (3999, "fork", 1, False, 1)])
+def test_rows_per_document(prepare, tmp_path, rows_per_document, method, num_proc, shuffle, depth):
+    """Also with a deep temporary folder: the path of a socket has at most 107 bytes. For spawn, see
+    test_system_without_fork_and_most_signals."""
+    folder = tmp_path / "/".join(["scratch-folder"] * depth)
     folder.mkdir(parents=True)
     source = write_parquet(tmp_path / "rows.parquet", ADVERSARIAL, row_group_size=999)
     documents = join(ADVERSARIAL, [i // rows_per_document for i in range(len(ADVERSARIAL))])
@@ -846,15 +847,20 @@ def test_overlap_of_a_large_validation_split(prepare, tmp_path):
 
 def test_recommended_config(prepare, monkeypatch, capsys, tmp_path):
     """The last line names train_sample.py for the sample and train_gpt2.py for BookCorpus."""
-    ended = prepare(f"--source={SAMPLE}", f"--out_dir={tmp_path}")
-    expected = f"Train on it: python train.py {PREPARE.parent}/%s --dataset={tmp_path}\n"
-    assert ended.stdout.endswith(expected % "train_sample.py"), ended.stderr
-    stats = json.loads((tmp_path / "stats.json").read_text())
-    stats["train"]["tokens"] = 8 * 10**8
+    out = tmp_path / "my text"
+    ended = prepare(f"--source={SAMPLE}", f"--out_dir={out}")
+    stats = json.loads((out / "stats.json").read_text())
+    output = {stats["train"]["tokens"]: ended.stdout}
     monkeypatch.setattr(module, "run", lambda flags: stats)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", f"--out_dir={tmp_path}"])
-    module.main()
-    assert capsys.readouterr().out.endswith(expected % "train_gpt2.py")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"--out_dir={out}"])
+    for n_tokens in 10**8, 10**8 + 1:
+        stats["train"]["tokens"] = n_tokens
+        module.main()
+        output[n_tokens] = capsys.readouterr().out
+    for n_tokens, text in output.items():
+        config = PREPARE.with_name("train_gpt2.py" if n_tokens > 10**8 else "train_sample.py")
+        command = text.partition("\nTrain on it: python train.py ")[2]
+        assert shlex.split(command) == [str(config), f"--dataset={out}", "--out_dir=out-my text"]
 
 
 def test_statistics_in_the_readme(prepare, tmp_path):

@@ -29,7 +29,7 @@ PNG = b"\x89PNG"
 @pytest.fixture
 def run_tool(monkeypatch, capsys):
     """run_tool(name, *flags) runs main() of a program in tests/tools in this process, so that its
-    runs are forked from the fork server of the tests. It must succeed. Returns its stdout."""
+    runs are forked from a fork server. It must succeed. Returns its stdout."""
     def run(name, *flags):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         with mock.patch.dict(os.environ):

@@ -108,7 +108,7 @@ def full_disk_under_log():
 
     class Full:
         def __init__(self, file):
-            self.file, self.name, self.tell, self.writes = file, file.name, file.tell, 0
+            self.file, self.name, self.writes = file, file.name, 0
 
         def write(self, data):
             self.writes += 1
