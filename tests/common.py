@@ -136,7 +136,8 @@ def copy_vocabulary(folder):
 
 
 TIMEOUT = 300  # seconds; only a fault reaches it
-START_LOCK = threading.Lock()  # programs in tests/tools start runs in several threads
+# Held while a fork server or a run starts: programs in tests/tools do so in several threads.
+START_LOCK = threading.Lock()
 
 if len(tempfile.gettempdir()) > 70:
     # get_temp_dir() creates the folder of the fork server's socket; its path has at most 107 bytes
@@ -144,9 +145,10 @@ if len(tempfile.gettempdir()) > 70:
     multiprocessing.util.get_temp_dir()
     tempfile.tempdir = long_folder
 
-# The modules of two fork servers, as a process with PyTorch takes longer to fork: preparing the
-# sample takes 0.2 s, 0.3 s if it is forked from a process with PyTorch, and 1.8 s in a new
-# interpreter. Training two layers takes 0.4 s instead of 5 s. preload.py freezes what is loaded.
+# The modules of two fork servers, since a process with PyTorch takes longer to fork. Preparing the
+# sample takes 0.2 s, or 0.3 s when forked from a process with PyTorch, or 1.8 s in a new
+# interpreter. Training two layers takes 0.4 s instead of 5 s. preload.py is last: it exempts what
+# was loaded before it from garbage collection.
 PREPARE_MODULES = "datasets", "preload"
 TRAIN_MODULES = ("torch._dynamo", "torch.distributed.nn", "torch.nn.modules.linear_cross_entropy",
                  "matplotlib.backends.backend_agg", "train_faults", "preload")
@@ -154,8 +156,8 @@ TRAIN_MODULES = ("torch._dynamo", "torch.distributed.nn", "torch.nn.modules.line
 
 @functools.cache
 def fork_server(modules):
-    """Start a process that imports `modules`; an environment for the tests of prepare.py alone does
-    not have all of them. Returns a ForkServer."""
+    """Start a process that imports `modules`. It skips modules that are not installed: the tests of
+    prepare.py alone do not need PyTorch. Returns a ForkServer."""
     server = multiprocessing.forkserver.ForkServer()
     server.set_forkserver_preload(list(modules))
     huge_pages = "glibc.malloc.hugetlb=1"  # a fork takes a third less time
@@ -172,7 +174,7 @@ def compile_script(path):
 
 def run_as_main(arguments, before, environment, stdout, stderr):
     """In a forked process: run the script arguments[0], which appends its output to two files."""
-    # a worker process that torchrun has forked would keep torchrun's handlers
+    # as in a new interpreter; a worker process that torchrun forked has torchrun's handlers
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)
@@ -246,11 +248,13 @@ def start_script(script, *flags, before=None, **environment):
             process = subprocess.Popen([sys.executable, *code, *arguments], start_new_session=True,
                                        env=os.environ | environment, stdout=stdout, stderr=stderr)
     else:
+        # test_run_in_a_notebook gives the path of prepare.py to another script
         is_prepare = any(PREPARE.name in word for word in arguments)
-        server = fork_server(PREPARE_MODULES if is_prepare else TRAIN_MODULES)
-        with START_LOCK, mock.patch("multiprocessing.forkserver.connect_to_new_process",
-                                    server.connect_to_new_process):
-            process = ForkedProcess("forkserver", arguments, before, environment, *files)
+        with START_LOCK:
+            server = fork_server(PREPARE_MODULES if is_prepare else TRAIN_MODULES)
+            with mock.patch("multiprocessing.forkserver.connect_to_new_process",
+                            server.connect_to_new_process):
+                process = ForkedProcess("forkserver", arguments, before, environment, *files)
     process.folder = folder
     return process
 

@@ -25,8 +25,8 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    """Set the environment of all runs. The fork servers start now, so that they have it and have
-    time to import their modules."""
+    """Set the environment of all runs. The fork servers start now, with this environment and early
+    enough to import their modules before the first run."""
     for name in list(os.environ):
         if name.startswith(("HF_", "TIKTOKEN_")):
             del os.environ[name]

@@ -846,21 +846,20 @@ def test_overlap_of_a_large_validation_split(prepare, tmp_path):
 
 
 def test_recommended_config(prepare, monkeypatch, capsys, tmp_path):
-    """The last line names train_sample.py for the sample and train_gpt2.py for BookCorpus."""
+    """The last line names train_sample.py for up to 10**8 tokens, otherwise train_gpt2.py."""
     out = tmp_path / "my text"
-    ended = prepare(f"--source={SAMPLE}", f"--out_dir={out}")
+    outputs = [("train_sample.py", prepare(f"--source={SAMPLE}", f"--out_dir={out}").stdout)]
     stats = json.loads((out / "stats.json").read_text())
-    output = {stats["train"]["tokens"]: ended.stdout}
     monkeypatch.setattr(module, "run", lambda flags: stats)
     monkeypatch.setattr(sys, "argv", ["prepare.py", f"--out_dir={out}"])
-    for n_tokens in 10**8, 10**8 + 1:
+    for n_tokens, config in (10**8, "train_sample.py"), (10**8 + 1, "train_gpt2.py"):
         stats["train"]["tokens"] = n_tokens
         module.main()
-        output[n_tokens] = capsys.readouterr().out
-    for n_tokens, text in output.items():
-        config = PREPARE.with_name("train_gpt2.py" if n_tokens > 10**8 else "train_sample.py")
+        outputs.append((config, capsys.readouterr().out))
+    for config, text in outputs:
         command = text.partition("\nTrain on it: python train.py ")[2]
-        assert shlex.split(command) == [str(config), f"--dataset={out}", "--out_dir=out-my text"]
+        assert shlex.split(command) == [
+            str(PREPARE.with_name(config)), f"--dataset={out}", "--out_dir=out-my text"]
 
 
 def test_statistics_in_the_readme(prepare, tmp_path):

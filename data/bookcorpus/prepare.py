@@ -945,11 +945,13 @@ def main():
         sys.exit(f"prepare.py: another run is writing to {flags.out_dir}")
     except Exception as error:
         sys.exit(f"prepare.py: {' '.join(str(error).split())[:1000]}")
-    # train_gpt2.py trains on 3.2 billion tokens: four epochs of BookCorpus, 32 of 10**8 tokens
+    # the 3.2 billion tokens of train_gpt2.py are four epochs of BookCorpus, but 32 of a corpus with
+    # 100 million tokens; smaller ones get the small model
     config = HERE / ("train_gpt2.py" if stats["train"]["tokens"] > 10**8 else "train_sample.py")
-    words = [f"--dataset={flags.out_dir.resolve()}"]
+    out_dir = flags.out_dir.resolve()
+    words = [f"--dataset={out_dir}"]
     if config.exists():  # not if prepare.py was copied alone
-        words = [str(config), *words, f"--out_dir=out-{flags.out_dir.resolve().name}"]
+        words = [str(config), *words, f"--out_dir=out-{out_dir.name}"]
     command = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
     text = f"{summary(stats)}\n\nTrain on it: python train.py {command}"
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # --out_dir can have any characters
